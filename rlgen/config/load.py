@@ -1,0 +1,158 @@
+"""From YAML text and `section.key=value` words to a RunConfig.
+
+Owns merging, reading and the wording of configuration errors. Must not import torch.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlgen.config.run import RunConfig
+from rlgen.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$"),
+    list("-+0123456789"),
+)
+
+
+def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Build the configuration: defaults, then the YAML file, then the overrides.
+
+    Sections merge; a value replaces. `null` removes an optional section.
+
+    Args:
+        path: YAML file, or None for the embedded default alone.
+        overrides: words like "rollout.num_workers=3"; values are YAML.
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, impossible combination.
+    """
+    layers: list[Mapping[str, Any]] = []
+    if path is not None:
+        layers.append(_read_yaml(path))
+    layers.extend(_parse_override(word) for word in overrides)
+    merged: dict[str, Any] = RunConfig().model_dump()
+    for layer in layers:
+        merged = _merge(merged, layer)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML; loading it again gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_sha256(config: RunConfig) -> str:
+    """Return the digest of the resolved configuration, 64 hexadecimal digits."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _read_yaml(path: str) -> Mapping[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"config file {path} can't be read ({type(error).__name__}); check --config."
+        ) from None
+    try:
+        content = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"config file {path} holds a {type(content).__name__}; it must hold sections such as "
+            "`rollout:` with their keys."
+        )
+    return content
+
+
+def _parse_override(word: str) -> Mapping[str, Any]:
+    key, separator, text = word.partition("=")
+    if not separator or not re.fullmatch(r"[a-z_]\w*(\.[a-z_]\w*)*", key):
+        raise ConfigError(
+            f"{word!r} is no override; write section.key=value, such as rollout.num_workers=3."
+        )
+    try:
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {word!r} is not YAML: {error}") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(base: Any, layer: Any) -> Any:
+    """Merge mappings key by key; another `type` starts afresh instead of mixing fields."""
+    if not isinstance(base, Mapping) or not isinstance(layer, Mapping):
+        return layer
+    if "type" in layer and layer["type"] != base.get("type"):
+        return dict(layer)
+    return {
+        **base,
+        **{k: _merge(base[k], v) if k in base else v for k, v in layer.items()},
+    }
+
+
+def _explain(error: ValidationError) -> str:
+    sentences = []
+    for problem in error.errors():
+        location = _without_tag(problem["loc"])
+        where = ".".join(location)
+        if problem["type"] == "extra_forbidden":
+            sentences.append(_unknown_key(location))
+        elif problem["type"] == "value_error":
+            prefix = f"{where}: " if where else ""
+            sentences.append(prefix + str(problem["ctx"]["error"]) + ".")
+        else:
+            given = problem["input"]
+            sentences.append(
+                f"{where} = {given!r} ({type(given).__name__}) won't do: {problem['msg']}."
+            )
+    return " ".join(sentences)
+
+
+def _without_tag(location: Sequence[int | str]) -> list[str]:
+    """Drop the union tag that pydantic inserts after a scorer's name."""
+    parts = [str(part) for part in location]
+    if parts[:2] == ["reward", "scorers"] and len(parts) > 3:
+        del parts[3]
+    return parts
+
+
+def _unknown_key(location: Sequence[str]) -> str:
+    *parents, key = location
+    known = _fields_at(parents)
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
+    return f"unknown key {'.'.join([*parents, key])}; {hint}"
+
+
+def _fields_at(parents: Sequence[str]) -> list[str]:
+    section: Any = RunConfig()
+    for part in parents:
+        if isinstance(section, Mapping):
+            section = section.get(part, section)
+        else:
+            section = getattr(section, part, section)
+    if isinstance(section, BaseModel):
+        return sorted(type(section).model_fields)
+    return []

@@ -1,0 +1,377 @@
+"""The typed configuration of a GRPO run; the defaults are the embedded digits preset.
+
+Owns every field's name, type, default and help text, and the checks across fields. Must not
+import torch, Ray or MLflow. The word `embedded` in place of a path means: the file that the
+pretrain job makes for the embedded default.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlgen.config.base import Section
+from rlgen.config.digits import DigitsConfig
+
+EMBEDDED = "embedded"
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+RewardScale = Literal["group_std", "batch_std", "running", "none"]
+
+
+class PolicyConfig(Section):
+    """The image generator that is trained."""
+
+    checkpoint: str = EMBEDDED
+    """Path or URL of the base policy's weights."""
+
+
+class TokenizerConfig(Section):
+    """The decoder from tokens to pixels; it is not trained."""
+
+    checkpoint: str = EMBEDDED
+    """Path or URL of the tokenizer's weights."""
+
+
+class RolloutConfig(Section):
+    """Sampling: how many images a step has, how they are cut into units, who samples them."""
+
+    num_workers: PositiveInt = 2
+    """Rollout actors."""
+    threads: PositiveInt = 1
+    """CPU threads of each rollout actor."""
+    num_gpus: NonNegative = 0.0
+    """GPUs (or a share of one) for each rollout actor."""
+    conditions_per_step: PositiveInt = 60
+    """Conditions (classes) of a step; classes are balanced and shuffled."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Images per condition; advantages compare them with each other."""
+    conditions_per_unit: PositiveInt = 15
+    """Conditions in a work unit; the unit's shape does not depend on the workers."""
+    temperature: Positive = 1.0
+    """Divides the logits before sampling."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep only the k likeliest codes; 0 keeps all."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Keep the likeliest codes up to this mass; 1 keeps all."""
+    cfg_scale: Annotated[float, Field(ge=1.0)] = 1.0
+    """Classifier-free guidance in rollouts; the learner scores the guided distribution."""
+
+
+class ClipRewardConfig(Section):
+    """Cosine between image and prompt in an open_clip model."""
+
+    type: Literal["clip"] = "clip"
+    """Which scorer this is."""
+    weight: NonNegative = 0.25
+    """Weight of its advantages."""
+    checkpoint: str = EMBEDDED
+    """Folder (open_clip's local-dir layout) of the model."""
+    prompt: str = "a photo of the digit {class}"
+    """Caption of a condition; {class} is replaced by its name."""
+
+
+class PreferenceRewardConfig(Section):
+    """Human-preference score in the manner of HPSv2."""
+
+    type: Literal["hpsv2"] = "hpsv2"
+    """Which scorer this is."""
+    weight: NonNegative = 0.25
+    """Weight of its advantages."""
+    checkpoint: str = EMBEDDED
+    """Folder (open_clip's local-dir layout) of the model."""
+    prompt: str = "a photo of the digit {class}"
+    """Caption of a condition; {class} is replaced by its name."""
+
+
+ScorerConfig = Annotated[ClipRewardConfig | PreferenceRewardConfig, Field(discriminator="type")]
+
+
+class LooFidConfig(Section):
+    """The distribution reward: leave-one-out FID over EMA feature moments."""
+
+    weight: NonNegative = 1.0
+    """Weight of its advantages; 0 still tracks the EMA's FID but rewards nothing."""
+    extractor: str = EMBEDDED
+    """Path or URL of the feature extractor's weights."""
+    reference: str = EMBEDDED
+    """Path or URL of the reference moments, taken in the extractor's feature space."""
+    covariance: Literal["full", "diagonal"] = "full"
+    """Exact full covariance, or the diagonal form of the published method."""
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """EMA decay of the feature moments per step."""
+    bootstrap_images: PositiveInt = 2000
+    """Images of the base policy that the EMA starts from."""
+
+
+class RewardConfig(Section):
+    """Scoring: the reward actors, and what they score."""
+
+    num_workers: PositiveInt = 1
+    """Reward actors."""
+    threads: PositiveInt = 1
+    """CPU threads of each reward actor, and of the moment store."""
+    num_gpus: NonNegative = 0.0
+    """GPUs (or a share of one) for each reward actor."""
+    scorers: dict[str, ScorerConfig | None] = {
+        "clip": ClipRewardConfig(),
+        "preference": PreferenceRewardConfig(),
+    }
+    """Instance rewards by name; null removes one."""
+    loo_fid: LooFidConfig | None = LooFidConfig()
+    """The distribution reward; null leaves it out."""
+
+    @property
+    def active_scorers(self) -> "dict[str, ClipRewardConfig | PreferenceRewardConfig]":
+        """The scorers that were not removed."""
+        return {name: scorer for name, scorer in self.scorers.items() if scorer is not None}
+
+
+class AdvantageConfig(Section):
+    """From rewards to advantages."""
+
+    combine: Literal["normalize_then_sum", "sum_then_normalize"] = "normalize_then_sum"
+    """Normalise each reward and add the weighted advantages, or add the weighted rewards first."""
+    instance_scale: RewardScale = "running"
+    """What centred instance rewards are divided by: each group's or the batch's standard
+    deviation, a running scale over the first steps, or nothing."""
+    distribution_scale: RewardScale = "running"
+    """The same for the distribution reward."""
+    distribution_center: Literal["batch", "group"] = "batch"
+    """Centre the distribution reward over the whole batch or within each group."""
+    running_steps: PositiveInt = 20
+    """Steps over which the running scale averages before it is frozen."""
+    epsilon: Positive = 1e-6
+    """Added to a standard deviation before dividing."""
+    clip: Positive = 4.0
+    """Largest size of one reward's normalised advantage."""
+
+
+class GrpoConfig(Section):
+    """The policy loss."""
+
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token, or of the whole image (mean log-prob)."""
+    ratio_clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Ratios under 1 minus this gain nothing more."""
+    ratio_clip_high: Positive = 0.2
+    """Ratios over 1 plus this gain nothing more."""
+    kl_coef: NonNegative = 0.01
+    """Weight of the k3 KL to the reference policy; 0 saves the reference pass."""
+    reference: Literal["frozen", "ema"] = "frozen"
+    """Reference policy: the base, or a moving average of the trained one."""
+    reference_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    """Decay per step of an `ema` reference."""
+    inner_epochs: PositiveInt = 1
+    """Optimiser steps on each batch."""
+    ratio_tolerance: Positive = 1e-4
+    """Largest |ratio - 1| allowed at the first update, when policy and sampler are equal."""
+
+
+class EntropyConfig(Section):
+    """Adaptive entropy bonus: a controller on normalised entropy H / ln(codebook size)."""
+
+    base_coef: NonNegative = 0.0
+    """Coefficient at the target; 0 switches the controller off."""
+    target: Fraction = 0.6
+    """Normalised entropy to hold."""
+    dead_band: Fraction = 0.015
+    """Deviations up to this are ignored."""
+    gain: NonNegative = 3.0
+    """The coefficient is base_coef * exp(gain * (target - entropy))."""
+    min_coef: NonNegative = 0.0
+    """Lower limit of the coefficient."""
+    max_coef: NonNegative = 0.02
+    """Upper limit of the coefficient."""
+    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the running mean of the measured entropy."""
+    warmup_fraction: Fraction = 0.05
+    """Share of the run over which the bonus rises linearly from 0."""
+    decay_start_fraction: Fraction = 0.85
+    """From this share of the run on the bonus falls to 0 along half a cosine."""
+
+    @model_validator(mode="after")
+    def _limits_are_ordered(self) -> Self:
+        if self.min_coef > self.max_coef:
+            raise ValueError(
+                f"min_coef = {self.min_coef} is above max_coef = {self.max_coef}; swap them"
+            )
+        return self
+
+
+class LearnerConfig(Section):
+    """Optimisation of the policy."""
+
+    num_workers: PositiveInt = 1
+    """Learner ranks; the loss does not depend on it."""
+    threads: PositiveInt = 1
+    """CPU threads of each rank."""
+    num_gpus: NonNegative = 0.0
+    """GPUs for each rank."""
+    micro_batch_size: PositiveInt = 480
+    """Images in one forward and backward pass of a rank; the loss does not depend on it."""
+    lr: Positive = 2e-4
+    """AdamW's learning rate at the start."""
+    final_lr_fraction: Fraction = 0.1
+    """The rate falls linearly to this share at the last step."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """AdamW's first decay."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """AdamW's second decay."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+class EvaluationConfig(Section):
+    """The judge: image quality and diversity in a feature space that no reward sees."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps between evaluations without guidance during training; 0 evaluates only the ends."""
+    num_images: Annotated[int, Field(ge=10)] = 2000
+    """Images per evaluation."""
+    images_per_unit: PositiveInt = 250
+    """Images in one work unit of an evaluation."""
+    cfg_scales: Annotated[tuple[Annotated[float, Field(gt=1.0)], ...], Field(strict=False)] = (
+        1.25,
+        1.5,
+        2.0,
+        3.0,
+    )
+    """Guidance scales tried before and after, beside no guidance."""
+    seed: Annotated[int, Field(ge=0)] = 1234
+    """Sampling seed of every evaluation, so that the same noise is compared."""
+    judge: str = EMBEDDED
+    """Path or URL of the judge's weights."""
+    judge_reference: str = EMBEDDED
+    """Path or URL of features of real images in the judge's space."""
+    num_neighbors: PositiveInt = 3
+    """k of the k-nearest-neighbour precision and recall."""
+    grid_images_per_class: PositiveInt = 8
+    """Columns of the fixed-seed grid."""
+    grid_classes: PositiveInt = 10
+    """Rows of the fixed-seed grid."""
+
+
+class CheckpointConfig(Section):
+    """What is saved, where and how often."""
+
+    uri: str | None = None
+    """Folder or URL of checkpoints; by default `checkpoints` in the output folder."""
+    every_steps: PositiveInt = 40
+    """Steps between checkpoints; the last step is always saved."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+    resume_from: str | None = None
+    """A checkpoint (`.../step-00040`) to go on from; with the same config the run ends as if it
+    had never been interrupted."""
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking URI; by default a sqlite file beside the run folders. `none` switches it off."""
+    experiment: str = "rlgen"
+    """Name of the MLflow experiment."""
+
+
+class ClusterConfig(Section):
+    """Ray."""
+
+    address: str = "auto"
+    """`auto` takes the cluster that RAY_ADDRESS names and starts one here if there is none."""
+    namespace: str = "rlgen"
+    """Ray namespace of the named actors."""
+    start_timeout_s: Positive = 120.0
+    """How long actors may take to come up before the run stops and says what is missing."""
+    step_timeout_s: Positive = 600.0
+    """Longest wait for sampling, scoring or learning of one step."""
+    max_restarts: Annotated[int, Field(ge=0)] = 10
+    """Rollout and reward actors that may be replaced before the run gives up."""
+
+
+class RunConfig(Section):
+    """A GRPO run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of conditions and sampling noise."""
+    steps: Annotated[int, Field(ge=1)] = 120
+    """Policy updates."""
+    runtime: Literal["ray", "local"] = "ray"
+    """`ray` places actors on a cluster; `local` runs the same objects in this process."""
+    max_policy_lag: Annotated[int, Field(ge=0)] = 0
+    """Steps that sampling may run ahead of the learner; 0 is synchronous."""
+    class_names: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = (
+        "zero",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+    )
+    """Names of the classes, in the order of their ids."""
+    policy: PolicyConfig = PolicyConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    entropy: EntropyConfig = EntropyConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    digits: DigitsConfig = DigitsConfig()
+
+    @property
+    def num_units(self) -> int:
+        """Work units of a step."""
+        return self.rollout.conditions_per_step // self.rollout.conditions_per_unit
+
+    @property
+    def images_per_step(self) -> int:
+        """conditions_per_step * group_size."""
+        return self.rollout.conditions_per_step * self.rollout.group_size
+
+    @model_validator(mode="after")
+    def _batch_algebra_holds(self) -> Self:
+        conditions, ranks = self.rollout.conditions_per_step, self.learner.num_workers
+        per_unit = self.rollout.conditions_per_unit
+        if conditions % per_unit:
+            raise ValueError(
+                f"rollout.conditions_per_step = {conditions} can't be cut into units of "
+                f"rollout.conditions_per_unit = {per_unit}; use {_divisors(conditions)}"
+            )
+        if conditions % ranks:
+            raise ValueError(
+                f"rollout.conditions_per_step = {conditions} groups of {self.rollout.group_size} "
+                f"images can't be split over learner.num_workers = {ranks} ranks; use "
+                f"{_divisors(conditions)} ranks"
+            )
+        if not self.reward.active_scorers and self.reward.loo_fid is None:
+            raise ValueError("there is no reward: set reward.scorers or reward.loo_fid")
+        if self.max_reward_weight == 0.0:
+            raise ValueError("every reward has weight 0; give at least one a positive weight")
+        return self
+
+    @property
+    def max_reward_weight(self) -> float:
+        """The largest weight of any reward."""
+        weights = [scorer.weight for scorer in self.reward.active_scorers.values()]
+        if self.reward.loo_fid is not None:
+            weights.append(self.reward.loo_fid.weight)
+        return max(weights, default=0.0)
+
+
+def _divisors(number: int) -> str:
+    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]

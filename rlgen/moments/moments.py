@@ -1,0 +1,92 @@
+"""Mean and covariance of a set of feature vectors, mergeable in any order.
+
+Owns the sample moments that references and metrics are made of. Must not know where the
+features come from, nor how moments are stored (reference.py does).
+
+Shapes: B samples, F feature dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlgen.errors import NumericsError
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean and biased covariance (divisor count) of equally weighted samples."""
+
+    count: float
+    """Number of samples."""
+    mean_F: Tensor
+    """[F] float64."""
+    cov_FF: Tensor
+    """[F, F] float64, symmetric, divisor count."""
+
+
+def batch_moments(features_BF: Tensor) -> Moments:
+    """Compute the moments of one batch in float64.
+
+    Centred before squaring, so a large common offset costs no digits.
+
+    Args:
+        features_BF: [B, F] of any float type, finite, B >= 1.
+    Returns:
+        Moments on the device of the features.
+    Raises:
+        NumericsError: no samples, or a feature is not finite; names the sample.
+    """
+    if features_BF.ndim != 2 or features_BF.shape[0] == 0:
+        raise NumericsError(
+            f"moments need features of shape [B, F] with B >= 1, got {list(features_BF.shape)}."
+        )
+    finite_B = torch.isfinite(features_BF).all(dim=1)
+    if not finite_B.all():
+        bad = torch.nonzero(~finite_B).flatten()
+        raise NumericsError(
+            f"{len(bad)} of {len(finite_B)} feature vectors are not finite, the first is sample "
+            f"{int(bad[0])}; drop such samples before computing moments."
+        )
+    features_BF = features_BF.to(torch.float64)
+    mean_F = features_BF.mean(dim=0)
+    centred_BF = features_BF - mean_F
+    # The mean's own rounding error leaves a residual; putting it back makes the mean exact to
+    # the last digit, which a later merge of many batches relies on.
+    residual_F = centred_BF.mean(dim=0)
+    centred_BF = centred_BF - residual_F
+    cov_FF = centred_BF.T @ centred_BF / features_BF.shape[0]
+    return Moments(float(features_BF.shape[0]), mean_F + residual_F, cov_FF)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Combine the moments of two disjoint sets of samples.
+
+    cov = p_a cov_a + p_b cov_b + p_a p_b (mean_a - mean_b)(mean_a - mean_b)^T with the shares
+    p = count / total: exact, so any order and any split gives the same moments.
+
+    Args:
+        a: moments over F dimensions.
+        b: moments over the same F dimensions, on the same device.
+    Returns:
+        Moments of the union.
+    Raises:
+        NumericsError: the dimensions differ, or both sets are empty.
+    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm" (1979).
+    """
+    if a.mean_F.shape != b.mean_F.shape:
+        raise NumericsError(
+            f"can't merge moments over {a.mean_F.numel()} and {b.mean_F.numel()} dimensions; "
+            "use features of one feature space."
+        )
+    total = a.count + b.count
+    if total <= 0:
+        raise NumericsError(f"can't merge moments of {a.count:g} and {b.count:g} samples.")
+    share_a, share_b = a.count / total, b.count / total
+    gap_F = b.mean_F - a.mean_F
+    cov_FF = share_a * a.cov_FF + share_b * b.cov_FF
+    cov_FF = torch.addr(cov_FF, gap_F, gap_F, alpha=share_a * share_b)
+    return Moments(total, a.mean_F + share_b * gap_F, cov_FF)

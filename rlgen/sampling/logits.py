@@ -1,0 +1,49 @@
+"""The one definition of the distribution that is sampled and scored.
+
+Owns guidance, temperature, top-k and top-p. The sampler draws from it and the learner takes
+its log-probs, so that both always mean the same policy.
+
+Shapes: `...` any leading shape, V codebook.
+"""
+
+import torch
+from torch import Tensor
+
+from rlgen.types import SamplingSettings
+
+
+def guide(conditional: Tensor, unconditional: Tensor, cfg_scale: float) -> Tensor:
+    """Classifier-free guidance: u + s (c - u). Source: arXiv:2207.12598."""
+    return unconditional + cfg_scale * (conditional - unconditional)
+
+
+def processed_logprobs(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """Log-probabilities after temperature, top-k and top-p, renormalised.
+
+    Every code whose logit equals the k-th largest is kept. Top-p keeps the likeliest codes up
+    to and including the first one that reaches the mass.
+
+    Args:
+        logits: [..., V] float32, guidance already applied.
+    Returns:
+        [..., V] float32 nats; -inf for codes cut off.
+    """
+    logits = logits.float() / settings.temperature
+    if 0 < settings.top_k < logits.shape[-1]:
+        kth = logits.topk(settings.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if settings.top_p < 1.0:
+        logits = logits.masked_fill(_beyond_top_p(logits, settings.top_p), -torch.inf)
+    return logits.log_softmax(dim=-1)
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """Entropy in nats over the last dimension; codes cut off contribute nothing."""
+    return -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(dim=-1)
+
+
+def _beyond_top_p(logits: Tensor, top_p: float) -> Tensor:
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probs = ordered.softmax(dim=-1)
+    mass_before = probs.cumsum(dim=-1) - probs
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before > top_p)

@@ -1,0 +1,47 @@
+"""Teacher-forced log-probs of given tokens, under the distribution they were sampled from.
+
+Shapes: B images, L image tokens, V codebook.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlgen.policies.protocol import Policy
+from rlgen.sampling.logits import entropy, guide, processed_logprobs
+from rlgen.sampling.next_token import check_guidance, with_null_half
+from rlgen.types import SamplingSettings
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+def score_tokens(
+    policy: Policy,
+    class_ids_B: Tensor,
+    tokens_BL: Tensor,
+    settings: SamplingSettings,
+    *,
+    forward: Forward | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the tokens and entropy of each position's distribution.
+
+    Args:
+        policy: the model.
+        class_ids_B: int64.
+        tokens_BL: int64 codes.
+        settings: the distribution that the sampler used.
+        forward: what to call for logits, if not the policy itself (a data-parallel wrapper).
+    Returns:
+        logprobs [B, L] and entropies [B, L], float32 nats.
+    """
+    check_guidance(policy, settings)
+    run = policy.teacher_forced if forward is None else forward
+    if settings.is_guided:
+        logits = run(with_null_half(policy, class_ids_B), tokens_BL.repeat(2, 1))
+        logits_BLV = guide(*logits.chunk(2), settings.cfg_scale)
+    else:
+        logits_BLV = run(class_ids_B, tokens_BL)
+    logprobs_BLV = processed_logprobs(logits_BLV, settings)
+    drawn = torch.gather(logprobs_BLV, -1, tokens_BL[..., None])[..., 0]
+    return drawn, entropy(logprobs_BLV)
