@@ -70,4 +70,5 @@ def _draw(logprobs_BV: Tensor, noise_B: Tensor) -> Tensor:
     """Invert the cumulative distribution in float64; codes of probability 0 are never drawn."""
     cumulative = logprobs_BV.double().exp().cumsum(dim=-1)
     threshold = noise_B[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return drawn.clamp_max(logprobs_BV.shape[-1] - 1)  # noise * total may round up to total

@@ -1,0 +1,66 @@
+"""Sums over micro-batches and ranks, turned into a step's metrics.
+
+Shapes: B images, L image tokens.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlgen.grpo.loss import Surrogate
+
+_SUMS = ("loss/total", "loss/policy", "loss/kl", "policy/entropy", "policy/entropy_normalized")
+
+
+class Totals:
+    """Accumulates what one pass over the batch measured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self._clipped = torch.zeros(2, dtype=torch.float64, device=device)
+        self._max_deviation = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def add(
+        self,
+        surrogate: Surrogate,
+        loss_B: Tensor,
+        kl_B: Tensor,
+        entropies_BL: Tensor,
+        codebook_size: int,
+    ) -> None:
+        """Take in one micro-batch."""
+        entropy = entropies_BL.detach().mean(dim=1).double().sum()
+        self._sums += torch.stack(
+            [
+                loss_B.detach().double().sum(),
+                surrogate.loss_B.detach().double().sum(),
+                kl_B.detach().double().sum(),
+                entropy,
+                entropy / math.log(codebook_size),
+            ]
+        )
+        self._clipped[0] += surrogate.clipped.sum()
+        self._clipped[1] += surrogate.clipped.numel()
+        deviation = (surrogate.ratio.double() - 1.0).abs().max()
+        # torch.maximum passes NaN on, so that a NaN ratio can't look like a good one.
+        self._max_deviation = torch.maximum(self._max_deviation, deviation)
+
+    def reduced(self, num_images: int) -> dict[str, float]:
+        """Means over the images of all ranks.
+
+        Args:
+            num_images: images of the step, over all ranks.
+        """
+        if dist.is_initialized():
+            dist.all_reduce(self._sums)
+            dist.all_reduce(self._clipped)
+            dist.all_reduce(self._max_deviation, op=dist.ReduceOp.MAX)
+        means = dict(zip(_SUMS, (self._sums / num_images).tolist(), strict=True))
+        clipped, count = self._clipped.tolist()
+        return {
+            **means,
+            "policy/ratio_clipped_frac": clipped / count,
+            "policy/ratio_max_deviation": self._max_deviation.item(),
+        }
