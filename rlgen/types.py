@@ -44,6 +44,8 @@ class WorkUnit:
     """Position among the units of the step; results are pooled in this order."""
     policy_version: int
     """Weights to sample with; a worker that holds others fetches these first."""
+    seed: int
+    """First part of the noise key."""
     condition_indices_P: np.ndarray
     """int64 [P]: place of each condition in the step; part of the noise key."""
     class_ids_P: np.ndarray
@@ -83,6 +85,8 @@ class ScoredRollout:
     """float32 [B, F] in the LOO-FID extractor's space; None if no one asked."""
     judge_features_BF: np.ndarray | None
     """float32 [B, F'] in the judge's space; only for purpose "evaluate"."""
+    judge_hits_B: np.ndarray | None
+    """bool [B]: the judge recognises the image's class; None if the judge knows no classes."""
     images_u8: np.ndarray | None
     """uint8 [num_kept_images, 3, H, W]."""
     scoring_s: float

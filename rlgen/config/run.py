@@ -5,7 +5,8 @@ import torch, Ray or MLflow. The word `embedded` in place of a path means: the f
 pretrain job makes for the embedded default.
 """
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -363,6 +364,25 @@ class RunConfig(Section):
             raise ValueError("every reward has weight 0; give at least one a positive weight")
         return self
 
+    def keys_with(self, value: str) -> list[str]:
+        """Dotted keys of all fields that hold this value."""
+        return [key for key, found in _flatten(self.model_dump()) if found == value]
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with some dotted keys replaced, checked like any configuration."""
+        tree = self.model_dump()
+        for key, value in values.items():
+            *parents, last = key.split(".")
+            section = tree
+            for parent in parents:
+                section = section[parent]
+            section[last] = value
+        return type(self).model_validate(tree)
+
+    def flattened(self) -> dict[str, Any]:
+        """Dotted keys and values of all fields."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
     @property
     def max_reward_weight(self) -> float:
         """The largest weight of any reward."""
@@ -370,6 +390,14 @@ class RunConfig(Section):
         if self.reward.loo_fid is not None:
             weights.append(self.reward.loo_fid.weight)
         return max(weights, default=0.0)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _divisors(number: int) -> str:

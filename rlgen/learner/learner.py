@@ -50,6 +50,7 @@ class Learner:
         self.device = device
         self.settings = sampling_settings(config)
         self.policy_version = 0
+        self._gate_is_open = False
         self.entropy = EntropyController()
         self.reference: Any = None
         if config.grpo.kl_coef > 0:
@@ -106,7 +107,7 @@ class Learner:
             epoch_metrics = totals.reduced(batch.num_images_total)
             if epoch == 0:
                 metrics = epoch_metrics
-                if batch.step == 0 and batch.policy_version == self.policy_version:
+                if not self._gate_is_open and batch.policy_version == self.policy_version:
                     self._check_ratio_gate(metrics)
             metrics["policy/grad_norm"] = self._step_optimizer(batch.step)
             metrics["policy/ratio_clipped_frac"] = epoch_metrics["policy/ratio_clipped_frac"]
@@ -228,6 +229,7 @@ class Learner:
         clipped = metrics["policy/ratio_clipped_frac"]
         tolerance = self.config.grpo.ratio_tolerance
         if deviation < tolerance and clipped == 0.0:
+            self._gate_is_open = True
             return
         self.optimizer.zero_grad(set_to_none=True)
         raise NumericsError(

@@ -1,0 +1,134 @@
+"""The judge: quality and diversity in a feature space that no reward sees.
+
+Owns the metrics of an evaluation. Must not know who sampled the images.
+
+Shapes: B images, F features, R real images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from rlgen.errors import ConfigError
+from rlgen.moments.frechet import frechet_distance
+from rlgen.moments.moments import Moments, batch_moments
+from rlgen.storage import read_bytes
+from rlgen.types import ScoredRollout
+
+
+@dataclass(frozen=True)
+class RealFeatures:
+    """Features of real images in the judge's space."""
+
+    feature_space: str
+    features_RF: Tensor
+    """float32 [R, F]."""
+    neighbors_NF: Tensor
+    """float32 [N, F]: the fixed subset that precision and recall compare with."""
+    moments: Moments
+
+
+def save_real_features(
+    path: str, *, feature_space: str, features_RF: Tensor, neighbors_NF: Tensor
+) -> None:
+    """Write features of real images as .npz."""
+    with open(path, "wb") as stream:
+        np.savez(
+            stream,
+            feature_space=np.str_(feature_space),
+            features=features_RF.numpy(),
+            neighbors=neighbors_NF.numpy(),
+        )
+
+
+def load_real_features(location: str) -> RealFeatures:
+    """Read features of real images.
+
+    Raises:
+        StorageError: the file is missing or unreadable.
+        ConfigError: it is not such a file.
+    """
+    payload = read_bytes(location)
+    try:
+        with np.load(BytesIO(payload), allow_pickle=False) as archive:
+            space = str(archive["feature_space"])
+            features = torch.from_numpy(archive["features"])
+            neighbors = torch.from_numpy(archive["neighbors"])
+    except (ValueError, KeyError, OSError, EOFError) as error:
+        raise ConfigError(
+            f"evaluation.judge_reference = {location} is no file of real features "
+            f"({type(error).__name__}: {error}); make it with the pretrain job."
+        ) from None
+    return RealFeatures(space, features, neighbors, batch_moments(features))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What an evaluation at one guidance scale found."""
+
+    judge_fid: float
+    """Frechet distance in the judge's features, full covariance."""
+    precision: float
+    recall: float
+    accuracy: float | None
+    """Share of images whose class the judge recognises; None if it knows no classes."""
+    rewards: dict[str, float]
+    """Mean of each instance reward."""
+    images_per_s: float
+    """Images sampled per second and rollout worker, tokens only."""
+
+    def as_metrics(self) -> dict[str, float]:
+        """Flat metric names for the tracker."""
+        metrics = {
+            "judge/fid": self.judge_fid,
+            "judge/precision": self.precision,
+            "judge/recall": self.recall,
+        }
+        if self.accuracy is not None:
+            metrics["judge/accuracy"] = self.accuracy
+        return metrics | {f"judge/{name}": value for name, value in self.rewards.items()}
+
+
+def measure_quality(
+    scored: Sequence[ScoredRollout], real: RealFeatures, *, num_neighbors: int
+) -> Quality:
+    """Compare one evaluation's images with real ones.
+
+    Args:
+        scored: all units of the evaluation, in order.
+        real: features of real images in the judge's space.
+        num_neighbors: k of the k-nearest-neighbour precision and recall.
+    Source: precision and recall, arXiv:1904.06991, by torch-fidelity.
+    """
+    features = torch.from_numpy(np.concatenate([_judge_features(item) for item in scored]))
+    neighborhood = prc_features_to_metric(
+        features[: len(real.neighbors_NF)],
+        real.neighbors_NF,
+        prc_neighborhood=num_neighbors,
+        prc_batch_size=10000,
+        save_cpu_ram=False,
+        verbose=False,
+    )
+    hits = [item.judge_hits_B for item in scored if item.judge_hits_B is not None]
+    names = scored[0].rewards
+    return Quality(
+        judge_fid=frechet_distance(batch_moments(features), real.moments),
+        precision=neighborhood["precision"],
+        recall=neighborhood["recall"],
+        accuracy=float(np.concatenate(hits).mean()) if hits else None,
+        rewards={
+            name: float(np.concatenate([item.rewards[name] for item in scored]).mean())
+            for name in names
+        },
+        images_per_s=len(features) / sum(item.rollout.sampling_s for item in scored),
+    )
+
+
+def _judge_features(item: ScoredRollout) -> np.ndarray:
+    assert item.judge_features_BF is not None, "evaluation units are judged"
+    return item.judge_features_BF

@@ -1,0 +1,156 @@
+"""What the GRPO job needs from the roles, wherever they run, and the in-process version of it.
+
+Owns the protocol and `LocalRuntime`, the plain objects without actors: it serves tests and
+machines without Ray. The Ray version is actors/ray_runtime.py; both do the same arithmetic.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from rlgen.config.run import RunConfig
+from rlgen.learner.checkpoint import Part
+from rlgen.learner.learner import Learner
+from rlgen.learner.state_io import restore_learner, save_learner
+from rlgen.nn.flat import pack_weights
+from rlgen.nn.weights import state_sha256
+from rlgen.policies.load import load_policy
+from rlgen.rewards.engine import RewardEngine
+from rlgen.rewards.moment_store import MomentStore
+from rlgen.sampling.sampler import Sampler
+from rlgen.types import LearnerBatch, ScoredRollout, StepRewards, WorkUnit
+
+
+class Runtime(Protocol):
+    """The roles of a run. Calls are made in the order of the steps, by one thread."""
+
+    def start(self, *, resume_from: str | None) -> None:
+        """Bring every role up, at the base policy or at a checkpoint."""
+
+    def submit(self, units: Sequence[WorkUnit]) -> None:
+        """Queue units for sampling and scoring; returns at once."""
+
+    def collect(self, units: Sequence[WorkUnit]) -> list[ScoredRollout]:
+        """Wait for submitted units; results in the order of the units."""
+
+    def bootstrap_moments(self, features_BF: np.ndarray) -> None:
+        """Start the moment store from the base policy's features."""
+
+    def commit_moments(
+        self, step: int, rewards: Mapping[str, np.ndarray], features_BF: np.ndarray | None
+    ) -> StepRewards:
+        """Commit one step to the moment store."""
+
+    def learn(self, batch: LearnerBatch) -> dict[str, float]:
+        """Update the policy and publish version step + 1 to the samplers."""
+
+    def save_learner(self, uri: str) -> list[Part]:
+        """Write the learner's parts of a checkpoint."""
+
+    def moment_state(self) -> dict[str, Any]:
+        """The moment store's part of a checkpoint."""
+
+    def restore_moments(self, state: Mapping[str, Any]) -> None:
+        """Rewind the moment store."""
+
+    def policy_sha256(self) -> str:
+        """Digest of the policy's tensors."""
+
+    def restarts(self) -> dict[str, int]:
+        """Processes replaced so far, by role."""
+
+    def close(self) -> None:
+        """Let go of everything; safe to call twice."""
+
+
+def split_batch(batch: LearnerBatch, *, rank: int, world_size: int) -> LearnerBatch:
+    """One rank's contiguous share of a step's groups."""
+    size = len(batch.class_ids_B) // world_size
+    part = slice(rank * size, (rank + 1) * size)
+    return LearnerBatch(
+        step=batch.step,
+        policy_version=batch.policy_version,
+        class_ids_B=batch.class_ids_B[part],
+        tokens_BL=batch.tokens_BL[part],
+        rollout_logprobs_BL=batch.rollout_logprobs_BL[part],
+        advantages_B=batch.advantages_B[part],
+        num_images_total=batch.num_images_total,
+    )
+
+
+class LocalRuntime:
+    """All roles as plain objects in this process; one learner rank."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Load every model; nothing is sampled yet."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.set_num_threads(config.learner.threads)
+        self._learner = Learner(
+            load_policy(config.policy.checkpoint, device=device), config, device=device
+        )
+        self._sampler = Sampler(load_policy(config.policy.checkpoint, device=device), device=device)
+        self._engine = RewardEngine.load(config, device=device)
+        self._store = MomentStore(config)
+        self._scored: dict[str, ScoredRollout] = {}
+
+    def start(self, *, resume_from: str | None) -> None:
+        """Resume, if asked to."""
+        if resume_from is not None:
+            restore_learner(self._learner, resume_from)
+            self._publish()
+
+    def submit(self, units: Sequence[WorkUnit]) -> None:
+        """Sample and score now: nothing else could run meanwhile."""
+        for unit in units:
+            self._scored[unit.unit_id] = self._engine.score(self._sampler.sample(unit))
+
+    def collect(self, units: Sequence[WorkUnit]) -> list[ScoredRollout]:
+        """Hand out what submit made."""
+        return [self._scored.pop(unit.unit_id) for unit in units]
+
+    def bootstrap_moments(self, features_BF: np.ndarray) -> None:
+        """See Runtime."""
+        self._store.bootstrap(features_BF)
+
+    def commit_moments(
+        self, step: int, rewards: Mapping[str, np.ndarray], features_BF: np.ndarray | None
+    ) -> StepRewards:
+        """See Runtime."""
+        return self._store.commit(step, rewards, features_BF)
+
+    def learn(self, batch: LearnerBatch) -> dict[str, float]:
+        """See Runtime."""
+        metrics = self._learner.update(batch)
+        self._publish()
+        return metrics
+
+    def save_learner(self, uri: str) -> list[Part]:
+        """See Runtime."""
+        return save_learner(self._learner, uri)
+
+    def moment_state(self) -> dict[str, Any]:
+        """See Runtime."""
+        return self._store.state_dict()
+
+    def restore_moments(self, state: Mapping[str, Any]) -> None:
+        """See Runtime."""
+        self._store.load_state_dict(state)
+
+    def policy_sha256(self) -> str:
+        """See Runtime."""
+        return state_sha256(self._learner.policy.state_dict())
+
+    def restarts(self) -> dict[str, int]:
+        """Nothing restarts in one process."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _publish(self) -> None:
+        version = self._learner.policy_version
+        self._sampler.update_weights(
+            *pack_weights(self._learner.policy.state_dict(), version=version)
+        )

@@ -1,0 +1,108 @@
+"""The reward engine: tokens in, scores and features out. The plain object in a reward actor.
+
+Owns the decoder, the scorers, the feature extractor and the judge. Must not know Ray, nor
+what the scores are used for. Pixels stay here but for a few thumbnails.
+
+Shapes: P conditions, G group, B = P*G images, L image tokens, F features.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlgen.config.run import RunConfig
+from rlgen.features.extractor import FeatureExtractor, load_extractor
+from rlgen.rewards.load import load_scorer
+from rlgen.rewards.protocol import InstanceScorer, check_scores
+from rlgen.tokenizers.conv_vq import ConvVQ, load_conv_vq
+from rlgen.types import Rollout, ScoredRollout
+
+
+@dataclass
+class RewardEngine:
+    """Decodes and scores rollouts."""
+
+    tokenizer: ConvVQ
+    scorers: dict[str, InstanceScorer]
+    templates: dict[str, str]
+    """Per scorer the caption of a condition, with {class} for its name."""
+    class_names: tuple[str, ...]
+    extractor: FeatureExtractor | None
+    judge: FeatureExtractor
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def load(cls, config: RunConfig, *, device: torch.device) -> "RewardEngine":
+        """Read every model that the configuration names.
+
+        Raises:
+            CheckpointError: one of them is missing, damaged or of another kind.
+        """
+        active = config.reward.active_scorers
+        loo_fid = config.reward.loo_fid
+        return cls(
+            tokenizer=load_conv_vq(config.tokenizer.checkpoint, device),
+            scorers={name: load_scorer(scorer, device) for name, scorer in active.items()},
+            templates={name: scorer.prompt for name, scorer in active.items()},
+            class_names=config.class_names,
+            extractor=None if loo_fid is None else load_extractor(loo_fid.extractor, device),
+            judge=load_extractor(config.evaluation.judge, device),
+            device=device,
+        )
+
+    @torch.inference_mode()
+    def score(self, rollout: Rollout) -> ScoredRollout:
+        """Decode and score; which parts run depends on the purpose of the unit.
+
+        Training needs rewards and features, the bootstrap features, an evaluation rewards and
+        the judge.
+
+        Raises:
+            RewardError: a scorer fails, or returns another shape, type or a non-finite score.
+        """
+        start = time.perf_counter()
+        unit = rollout.unit
+        tokens_BL = torch.from_numpy(rollout.tokens_BL.astype(np.int64)).to(self.device)
+        class_ids_B = torch.from_numpy(np.repeat(unit.class_ids_P, unit.group_size))
+        images_01 = self.tokenizer.decode(tokens_BL)
+        rewards: dict[str, np.ndarray] = {}
+        features = judge_features = hits = None
+        if unit.purpose != "bootstrap":
+            for name in self.scorers:
+                rewards[name] = self._instance_reward(
+                    name, images_01, class_ids_B, group_size=unit.group_size
+                )
+        if unit.purpose != "evaluate" and self.extractor is not None:
+            features = self.extractor(images_01).float().cpu().numpy()
+        if unit.purpose == "evaluate":
+            judge_features = self.judge(images_01).float().cpu().numpy()
+            hits = self._judge_hits(images_01, class_ids_B)
+        kept = images_01[: unit.num_kept_images]
+        return ScoredRollout(
+            rollout=rollout,
+            rewards=rewards,
+            features_BF=features,
+            judge_features_BF=judge_features,
+            judge_hits_B=hits,
+            images_u8=(kept * 255).round().to(torch.uint8).cpu().numpy() if len(kept) else None,
+            scoring_s=time.perf_counter() - start,
+        )
+
+    def _instance_reward(
+        self, name: str, images_01: Tensor, class_ids_B: Tensor, *, group_size: int
+    ) -> np.ndarray:
+        template = self.templates[name]
+        names = [self.class_names[class_id] for class_id in class_ids_B.tolist()]
+        prompts = [template.replace("{class}", class_name) for class_name in names]
+        scores = self.scorers[name](images_01, prompts, class_ids_B)
+        check_scores(name, scores, class_ids_B, group_size=group_size)
+        return scores.float().cpu().numpy()
+
+    def _judge_hits(self, images_01: Tensor, class_ids_B: Tensor) -> np.ndarray | None:
+        classify = getattr(self.judge, "classify", None)
+        if classify is None:
+            return None
+        return (classify(images_01).argmax(dim=-1).cpu() == class_ids_B).numpy()

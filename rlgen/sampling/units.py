@@ -1,0 +1,94 @@
+"""From a step to its work units: conditions, shapes and noise keys.
+
+Owns the condition schedule. It is a pure function of (seed, step), so that the condition cursor
+is the step itself, and neither workers nor restarts can change it.
+
+Shapes: P conditions of a unit.
+"""
+
+import numpy as np
+
+from rlgen.config.run import RunConfig
+from rlgen.types import Purpose, SamplingSettings, WorkUnit
+
+
+def class_schedule(*, seed: int, step: int, num_conditions: int, num_classes: int) -> np.ndarray:
+    """Class ids of a step: every class equally often, as far as it divides, in random order.
+
+    Args:
+        seed: run seed.
+        step: training step.
+        num_conditions: conditions of the step.
+        num_classes: classes to choose from.
+    Returns:
+        int64 [num_conditions].
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
+    rounds = -(-num_conditions // num_classes)
+    permutations = [generator.permutation(num_classes) for _ in range(rounds)]
+    return np.concatenate(permutations)[:num_conditions].astype(np.int64)
+
+
+def training_units(
+    config: RunConfig, step: int, *, policy_version: int, settings: SamplingSettings
+) -> list[WorkUnit]:
+    """The units of a training step."""
+    rollout = config.rollout
+    class_ids = class_schedule(
+        seed=config.seed,
+        step=step,
+        num_conditions=rollout.conditions_per_step,
+        num_classes=len(config.class_names),
+    )
+    return [
+        WorkUnit(
+            unit_id=f"train-{step}-{index}",
+            purpose="train",
+            step=step,
+            index=index,
+            policy_version=policy_version,
+            seed=config.seed,
+            condition_indices_P=np.arange(first, first + rollout.conditions_per_unit),
+            class_ids_P=class_ids[first : first + rollout.conditions_per_unit],
+            group_size=rollout.group_size,
+            settings=settings,
+        )
+        for index, first in enumerate(
+            range(0, rollout.conditions_per_step, rollout.conditions_per_unit)
+        )
+    ]
+
+
+def independent_units(
+    config: RunConfig,
+    purpose: Purpose,
+    *,
+    num_images: int,
+    seed: int,
+    policy_version: int,
+    settings: SamplingSettings,
+    num_kept_images: int = 0,
+) -> list[WorkUnit]:
+    """Units of single images, classes in turn: for evaluations and the bootstrap.
+
+    Image i always has class i modulo the number of classes and noise key i, so that runs and
+    guidance scales are compared on the same noise.
+    """
+    per_unit = config.evaluation.images_per_unit
+    indices = np.arange(num_images)
+    return [
+        WorkUnit(
+            unit_id=f"{purpose}-v{policy_version}-s{settings.cfg_scale:g}-{index}",
+            purpose=purpose,
+            step=0,
+            index=index,
+            policy_version=policy_version,
+            seed=seed,
+            condition_indices_P=indices[first : first + per_unit],
+            class_ids_P=indices[first : first + per_unit] % len(config.class_names),
+            group_size=1,
+            settings=settings,
+            num_kept_images=min(max(num_kept_images - first, 0), per_unit),
+        )
+        for index, first in enumerate(range(0, num_images, per_unit))
+    ]
