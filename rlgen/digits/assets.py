@@ -44,6 +44,7 @@ _POLICY_FIELDS = (
     "policy_steps",
     "class_dropout",
 )
+_SCORER_FOLDERS = {"clip": "clip", "hpsv2": "preference"}
 _NUM_NEIGHBORS = 1000
 
 
@@ -104,16 +105,14 @@ def resolve_embedded(config: RunConfig, assets: DigitsAssets) -> RunConfig:
     paths = {
         "policy.checkpoint": assets.policy,
         "tokenizer.checkpoint": folder / "tokenizer.safetensors",
-        "reward.scorers.clip.checkpoint": folder / "clip",
-        "reward.scorers.preference.checkpoint": folder / "preference",
         "reward.loo_fid.extractor": folder / "features.safetensors",
         "reward.loo_fid.reference": folder / "reference_moments.npz",
         "evaluation.judge": folder / "judge.safetensors",
         "evaluation.judge_reference": folder / "judge_reference.npz",
     }
-    return config.with_values(
-        {key: str(paths[key]) for key in config.keys_with(EMBEDDED) if key in paths}
-    )
+    for name, scorer in config.reward.active_scorers.items():
+        paths[f"reward.scorers.{name}.checkpoint"] = folder / _SCORER_FOLDERS[scorer.type]
+    return config.with_values({key: str(paths[key]) for key in config.keys_with(EMBEDDED)})
 
 
 def _train_folder(folder: Path, data: DigitsData, config: DigitsConfig, report: Report) -> None:

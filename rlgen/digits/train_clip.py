@@ -15,7 +15,7 @@ from rlgen.digits.data import DigitsData
 from rlgen.digits.optimise import OnStep, draw_rows, minimize, seeded_init
 from rlgen.rewards.open_clip_model import Preprocess, build_open_clip, default_preprocess
 
-BATCH_SIZE = 128
+BATCH_SIZE = 96
 MAX_LR = 3e-3
 PIXEL_NOISE_STD = 0.05
 CONTEXT_LENGTH = 16

@@ -12,7 +12,7 @@ from rlgen.digits.optimise import OnStep, draw_rows, minimize, seeded_init
 from rlgen.tokenizers.conv_vq import ConvVQ, ConvVQConfig
 
 BATCH_SIZE = 128
-MAX_LR = 3e-3
+MAX_LR = 1e-2
 RESET_EVERY_STEPS = 50
 RESET_UNTIL_FRACTION = 0.7
 """Late resets would leave codes that the decoder has had no time to learn."""

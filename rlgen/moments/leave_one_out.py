@@ -70,7 +70,7 @@ def leave_one_out(
     """Take an EMA step and reward each sample by what it does for the Frechet distance.
 
     Fewer than two valid samples, or equal ones, get rewards of exactly 0; the moments are
-    updated all the same. Without history (decay 0) and N <= R the sample space is used.
+    updated all the same. Without history (decay 0) and N - 1 <= R the sample space is used.
 
     Args:
         state: moments before the step.
@@ -159,7 +159,7 @@ def _downdates(step: EmaStep, *, decay: float, method: Method) -> Downdates:
     num, rank = step.deviations_NR.shape
     if rank == 0:
         return Downdates(torch.zeros_like(step.deviations_NF[:, 0]), 0.0, 0.0)
-    if decay == 0 and num <= rank:
+    if decay == 0 and num - 1 <= rank:
         return downdate_gram(step.deviations_NR)
     c, kappa = _factors(num, decay)
     gbar_R = decay / (1.0 + c) * step.gap_R

@@ -103,7 +103,10 @@ def load_reference(file: str | PathLike[str] | BinaryIO) -> ReferenceMoments:
     """
     name = _name(file)
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        loaded = np.load(file, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one plain array")
+        with loaded as archive:
             missing = [key for key in KEYS if key not in archive.files]
             if missing:
                 raise ConfigError(

@@ -69,9 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
         return torch.relu(noise @ mixing * scale + 0.1)
 
     moments = batch_moments(sample(2 * d, 1.0))
-    reference = to_coordinates(
-        ReferenceMoments("synthetic", 2 * d, moments.mean_F, moments.cov_FF)
-    )
+    reference = to_coordinates(ReferenceMoments("synthetic", 2 * d, moments.mean_F, moments.cov_FF))
     state = EmaState.bootstrap(sample(2 * d, 1.1), reference)
     features_BF = sample(n, 1.1).float()
 
@@ -89,9 +87,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
 
     brute: dict[str, Callable[[], object]] = {
         "torch_eigvalsh": lambda: torch.linalg.eigvalsh(torch.from_numpy(matrix)),
-        "scipy_eigh_ev": lambda: eigh(
-            matrix.T, eigvals_only=True, driver="ev", check_finite=False
-        ),
+        "scipy_eigh_ev": lambda: eigh(matrix.T, eigvals_only=True, driver="ev", check_finite=False),
         "scipy_eigh_evd": lambda: eigh(
             matrix.T, eigvals_only=True, driver="evd", check_finite=False
         ),

@@ -1,0 +1,158 @@
+"""The coordinator actor: one place where workers fetch work and the driver waits for results.
+
+Consumes units and learner commands from the driver, results from the workers. Produces work for
+whoever asks. Everyone waits here, no one waits for it: workers are unblocked by submit and by
+each other's results, the driver by results or by `fail`. It holds no model and does no
+arithmetic; the queues are in dispatcher.py.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+
+from rlgen.actors.dispatcher import Dispatcher
+from rlgen.types import LearnerBatch, Rollout, ScoredRollout, WorkUnit
+
+_POLL_S = 5.0
+"""Longest wait of one call; the caller asks again, so that a lost caller leaves no trace."""
+
+
+class Stop:
+    """The answer to a worker that may go home."""
+
+
+@dataclass(frozen=True)
+class LearnerCommand:
+    """One thing for the learner ranks to do; they all see all commands in order."""
+
+    kind: Literal["learn", "save", "digest", "stop"]
+    batches: tuple[LearnerBatch, ...] = field(default=(), repr=False)
+    """Per rank, for "learn"."""
+    uri: str = ""
+    """Where to, for "save"."""
+
+    def for_rank(self, rank: int) -> "LearnerCommand":
+        """The same command with this rank's batch alone."""
+        return LearnerCommand(self.kind, self.batches[rank : rank + 1], self.uri)
+
+
+@ray.remote(num_cpus=0)
+class Coordinator:
+    """Work queues and the learners' mailbox, as an asyncio actor."""
+
+    def __init__(self) -> None:
+        self._dispatcher = Dispatcher()
+        self._changed = asyncio.Condition()
+        self._error: BaseException | None = None
+        self._is_closed = False
+        self._lost: set[str] = set()
+        self._commands: list[LearnerCommand] = []
+        self._answers: dict[tuple[int, int], Any] = {}
+
+    async def submit(self, units: Sequence[WorkUnit]) -> None:
+        """Queue units."""
+        self._dispatcher.submit(units)
+        await self._notify()
+
+    async def next_unit(self, worker: str, done: Rollout | None) -> WorkUnit | Stop | None:
+        """Take a finished rollout, if any, and give the next unit; None means ask again."""
+        if done is not None:
+            self._dispatcher.finish_sampling(worker, done)
+            await self._notify()
+        return await self._lease(worker, self._dispatcher.lease_sampling)
+
+    async def next_rollout(self, worker: str, done: ScoredRollout | None) -> Rollout | Stop | None:
+        """Take a finished score, if any, and give the next rollout; None means ask again."""
+        if done is not None:
+            self._dispatcher.finish_scoring(worker, done)
+            await self._notify()
+        return await self._lease(worker, self._dispatcher.lease_scoring)
+
+    async def collect(self, unit_ids: Sequence[str]) -> list[ScoredRollout]:
+        """Wait until all these units are scored, and hand them out."""
+        await self._wait(lambda: self._dispatcher.are_scored(unit_ids))
+        return self._dispatcher.take(unit_ids)
+
+    async def release(self, worker: str) -> None:
+        """Put a lost worker's unit back, and give it no other: its last call may still wait here."""
+        self._lost.add(worker)
+        self._dispatcher.release(worker)
+        await self._notify()
+
+    async def send(self, command: LearnerCommand) -> int:
+        """Append a command for the learners; returns its number."""
+        self._commands.append(command)
+        await self._notify()
+        return len(self._commands) - 1
+
+    async def next_command(self, rank: int, number: int) -> LearnerCommand | None:
+        """Give a rank the command of this number; None means ask again."""
+        await self._poll(lambda: number < len(self._commands))
+        if number >= len(self._commands):
+            return None
+        return self._commands[number].for_rank(rank)
+
+    async def answer(self, rank: int, number: int, value: Any) -> None:
+        """Take a rank's answer to a command."""
+        self._answers[number, rank] = value
+        await self._notify()
+
+    async def wait_answer(self, number: int, world_size: int) -> Any:
+        """Wait until every rank has answered; rank 0's answer."""
+        await self._wait(lambda: all((number, rank) in self._answers for rank in range(world_size)))
+        value = self._answers[number, 0]
+        for rank in range(world_size):
+            del self._answers[number, rank]
+        self._commands[number] = LearnerCommand(self._commands[number].kind)  # frees the batch
+        return value
+
+    async def fail(self, error: BaseException) -> None:
+        """Make everyone who waits here raise this error; the first one counts."""
+        self._error = self._error or error
+        await self._notify()
+
+    async def close(self) -> None:
+        """Send workers and learners home."""
+        self._is_closed = True
+        await self.send(LearnerCommand("stop"))
+
+    async def describe(self) -> str:
+        """Where the work is, for messages."""
+        return self._dispatcher.describe()
+
+    async def num_duplicates(self) -> int:
+        """Results ignored because their unit was answered before."""
+        return self._dispatcher.num_duplicates
+
+    async def _lease(self, worker: str, lease: Callable[[str], Any]) -> Any:
+        found: list[Any] = []
+
+        def try_lease() -> bool:
+            if self._is_closed or worker in self._lost:
+                found.append(Stop())
+            elif (work := lease(worker)) is not None:
+                found.append(work)
+            return bool(found)
+
+        await self._poll(try_lease)
+        return found[0] if found else None
+
+    async def _poll(self, is_done: Callable[[], bool]) -> None:
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(is_done), _POLL_S)
+            except TimeoutError:
+                return
+
+    async def _wait(self, is_done: Callable[[], bool]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._error is not None or is_done())
+        if self._error is not None:
+            raise self._error
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

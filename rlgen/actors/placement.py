@@ -1,0 +1,108 @@
+"""Where the roles can run: finding or starting Ray, and what to say if it is too small.
+
+Owns the connection and the feasibility check.
+"""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ray
+
+from rlgen.config.plan import role_resources
+from rlgen.config.run import RunConfig
+from rlgen.errors import PlacementError
+
+_CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")
+"""Where `ray start` on this machine notes its address."""
+_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+def connect(config: RunConfig) -> str:
+    """Connect to the cluster that is configured or found, or start Ray here.
+
+    Returns:
+        the dashboard's address, or an empty string.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options = {
+        "namespace": config.cluster.namespace,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    address = _find_cluster(config.cluster.address)
+    if address is not None:
+        context = ray.init(address=address, **options)
+    else:
+        # On one machine the roles take turns, so more logical CPUs than cores are no lie.
+        needed = sum(count * cpus for _, count, cpus, _ in role_resources(config))
+        context = ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, needed),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=True,
+            **options,
+        )
+    return context.dashboard_url or ""
+
+
+def check_capacity(config: RunConfig, *, timeout_s: float) -> None:
+    """Wait until every role fits on the cluster's nodes, at most for a while.
+
+    Raises:
+        PlacementError: names the role that finds no node, and what the nodes have.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        unmet = first_unmet_role(role_resources(config), nodes)
+        if unmet is None:
+            return
+        if time.monotonic() > deadline:
+            have = "; ".join(
+                f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes
+            )
+            raise PlacementError(
+                f"the cluster has no room for {unmet}. Its nodes have: {have}. Add nodes, or "
+                "lower the num_workers, threads or num_gpus of a role."
+            )
+        time.sleep(0.5)
+
+
+def first_unmet_role(
+    roles: Sequence[tuple[str, int, int, float]], nodes: Sequence[Mapping[str, float]]
+) -> str | None:
+    """Name the first role that first-fit, largest first, finds no node for.
+
+    Args:
+        roles: role, number of processes, CPUs and GPUs of each.
+        nodes: resources of each node.
+    """
+    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
+    requests = [(gpus, cpus, role) for role, count, cpus, gpus in roles for _ in range(count)]
+    for gpus, cpus, role in sorted(requests, reverse=True):
+        fitting = [node for node in free if node[0] >= cpus and node[1] >= gpus]
+        if not fitting:
+            return f"a {role} process with {cpus} CPU and {gpus:g} GPU"
+        fitting[0][0] -= cpus
+        fitting[0][1] -= gpus
+    return None
+
+
+def _find_cluster(configured: str) -> str | None:
+    """RAY_ADDRESS, the configured address, or a live cluster that `ray start` made here."""
+    if os.environ.get("RAY_ADDRESS"):
+        return os.environ["RAY_ADDRESS"]
+    if configured != "auto":
+        return configured
+    try:
+        address = _CURRENT_CLUSTER.read_text().strip()
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=1.0):
+            return address
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,101 @@
+"""What a run will do, in words, before anything starts.
+
+Owns the plan that `--dry-run` prints and the checks that need no model. Must not import torch.
+"""
+
+from pathlib import Path
+
+from rlgen.config.run import EMBEDDED, RunConfig
+from rlgen.errors import ConfigError
+
+_PATH_FIELDS = ("checkpoint", "extractor", "reference", "judge", "judge_reference", "resume_from")
+
+
+def named_files(config: RunConfig) -> dict[str, str]:
+    """Every path or URL of an input that the configuration names, by dotted key."""
+    return {
+        key: value
+        for key, value in config.flattened().items()
+        if key.rsplit(".", 1)[-1] in _PATH_FIELDS
+        and isinstance(value, str)
+        and value != EMBEDDED
+        and key != "grpo.reference"
+    }
+
+
+def check_local_files(config: RunConfig) -> None:
+    """Refuse local inputs that do not exist; remote ones are checked when they are opened.
+
+    Raises:
+        ConfigError: names the keys and the paths.
+    """
+    missing = [
+        f"{key} = {value}"
+        for key, value in named_files(config).items()
+        if "://" not in value and not Path(value).exists()
+    ]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} does not exist; give a path or URL, or `{EMBEDDED}` for the "
+            "embedded default."
+        )
+
+
+def uses_embedded(config: RunConfig) -> bool:
+    """Whether any input is the embedded default's."""
+    return bool(config.keys_with(EMBEDDED))
+
+
+def describe_plan(config: RunConfig) -> str:
+    """Batch algebra, actors and resources of a run, for people to read."""
+    rollout, learner, reward = config.rollout, config.learner, config.reward
+    per_unit = rollout.conditions_per_unit * rollout.group_size
+    per_rank = config.images_per_step // learner.num_workers
+    micro_batches = -(-per_rank // learner.micro_batch_size)
+    scales = ", ".join(f"{scale:g}" for scale in config.evaluation.cfg_scales)
+    rewards = [f"{name} x {s.weight:g}" for name, s in reward.active_scorers.items()]
+    if reward.loo_fid is not None:
+        rewards.append(
+            f"loo_fid x {reward.loo_fid.weight:g} ({reward.loo_fid.covariance}, decay "
+            f"{reward.loo_fid.decay:g})"
+        )
+    where = "on Ray" if config.runtime == "ray" else "in this process, without Ray"
+    lines = [
+        f"{config.steps} steps {where}, seed {config.seed}, "
+        + ("synchronous" if config.max_policy_lag == 0 else f"lag {config.max_policy_lag}"),
+        "",
+        "Batch",
+        f"  {rollout.conditions_per_step} conditions x {rollout.group_size} images = "
+        f"{config.images_per_step} images a step",
+        f"  {config.num_units} work units of {rollout.conditions_per_unit} conditions = "
+        f"{per_unit} images, for {rollout.num_workers} rollout workers",
+        f"  {per_rank} images a learner rank in {micro_batches} micro-batch(es) of up to "
+        f"{learner.micro_batch_size}, {config.grpo.inner_epochs} inner epoch(s)",
+        f"  rewards: {', '.join(rewards)}",
+        f"  evaluation: {config.evaluation.num_images} images every "
+        f"{config.evaluation.every_steps} steps; before and after also with guidance {scales}",
+    ]
+    if config.runtime == "ray":
+        lines += ["", "Actors"]
+        for role, count, threads, gpus in role_resources(config):
+            lines.append(f"  {count} x {role:<13} {threads} CPU  {gpus:g} GPU each")
+        cpus = sum(count * threads for _, count, threads, _ in role_resources(config))
+        all_gpus = sum(count * gpus for _, count, _, gpus in role_resources(config))
+        lines.append(f"  together {cpus} CPU, {all_gpus:g} GPU (a local Ray shares its cores)")
+    files = named_files(config)
+    lines += ["", "Inputs"]
+    lines += [f"  {key}: {value}" for key, value in files.items()]
+    if uses_embedded(config):
+        lines.append("  the embedded digits preset, trained once and cached")
+    return "\n".join(lines)
+
+
+def role_resources(config: RunConfig) -> list[tuple[str, int, int, float]]:
+    """Role, number of processes, CPUs and GPUs of each."""
+    rollout, reward, learner = config.rollout, config.reward, config.learner
+    return [
+        ("rollout", rollout.num_workers, rollout.threads, rollout.num_gpus),
+        ("reward", reward.num_workers, reward.threads, reward.num_gpus),
+        ("moment store", 1, reward.threads, 0.0),
+        ("learner", learner.num_workers, learner.threads, learner.num_gpus),
+    ]

@@ -1,0 +1,80 @@
+"""Training of the tiny preference model, in the manner of HPSv2.
+
+Owns the recipe: the tiny CLIP is tuned on pairs of a clean and a damaged image for one prompt.
+Source: HPSv2, arXiv:2306.09341, section 4.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+
+from rlgen.config.digits import DigitsConfig
+from rlgen.digits.captions import PROMPTS
+from rlgen.digits.damage import DAMAGES, mix_reconstructions
+from rlgen.digits.data import DigitsData
+from rlgen.digits.optimise import OnStep, draw_rows, minimize
+from rlgen.digits.train_clip import CONTEXT_LENGTH, digits_preprocess
+from rlgen.tokenizers.conv_vq import ConvVQ
+
+PAIRS_PER_DAMAGE = 12
+MAX_LR = 3e-3
+SEED_OFFSET = 2000
+"""Keeps the draws apart from those of the CLIP's training."""
+
+
+def train_preference(
+    data: DigitsData,
+    config: DigitsConfig,
+    clip: nn.Module,
+    tokenizer: ConvVQ,
+    *,
+    on_step: OnStep | None = None,
+) -> nn.Module:
+    """Tune a copy of the CLIP to prefer clean digits; deterministic on the CPU.
+
+    Half of the clean images are reconstructions, so that the tokenizer's traces alone are no
+    sign of damage; and the clean image of a pair is another digit of the same class half of
+    the time, so that scores compare across images and not just within one.
+    """
+    model = copy.deepcopy(clip).requires_grad_(True)
+    model.token_embedding.requires_grad_(False)
+    generator = torch.Generator().manual_seed(config.seed + SEED_OFFSET)
+    preprocess = digits_preprocess(config)
+    prompt_tokens = SimpleTokenizer(context_length=CONTEXT_LENGTH)(list(PROMPTS))
+    rows_of_class = [(data.train.labels_N == c).nonzero().flatten() for c in range(len(PROMPTS))]
+
+    def loss_at(step: int) -> Tensor:
+        rows = draw_rows(len(data.train.labels_N), PAIRS_PER_DAMAGE * len(DAMAGES), generator)
+        damaged = torch.cat(
+            [
+                damage(data.train, part, tokenizer, generator)
+                for damage, part in zip(DAMAGES.values(), rows.chunk(len(DAMAGES)), strict=True)
+            ]
+        )
+        clean_rows = _sometimes_another(rows, data.train.labels_N, rows_of_class, generator)
+        clean = mix_reconstructions(data.train.images_rgb_01[clean_rows], tokenizer, generator)
+        images = preprocess(torch.cat([clean, damaged]))
+        image_features = model.encode_image(images, normalize=True).view(2, len(rows), -1)
+        text_features = model.encode_text(prompt_tokens, normalize=True)[data.train.labels_N[rows]]
+        scores_2N = (image_features * text_features).sum(-1) * model.logit_scale.exp()
+        # Softmax over the two scores, the clean one being right.
+        return F.softplus(scores_2N[1] - scores_2N[0]).mean()
+
+    minimize(model, loss_at, num_steps=config.preference_steps, max_lr=MAX_LR, on_step=on_step)
+    return model
+
+
+def _sometimes_another(
+    rows: Tensor, labels_N: Tensor, rows_of_class: list[Tensor], generator: torch.Generator
+) -> Tensor:
+    """Replace a random half of the rows by random rows of the same class."""
+    others = torch.stack(
+        [
+            of_class[torch.randint(len(of_class), (), generator=generator)]
+            for of_class in (rows_of_class[c] for c in labels_N[rows].tolist())
+        ]
+    )
+    return torch.where(torch.rand(len(rows), generator=generator) < 0.5, others, rows)

@@ -1,0 +1,113 @@
+"""Checks that need the models' files, made before any worker starts.
+
+Owns the questions whether the files that a configuration names fit each other.
+"""
+
+import torch
+
+from rlgen.config.load import config_sha256
+from rlgen.config.run import RunConfig
+from rlgen.errors import CheckpointError, ConfigError
+from rlgen.evaluation.judge import load_real_features
+from rlgen.features.extractor import load_extractor
+from rlgen.learner.checkpoint import read_meta
+from rlgen.moments.reference import check_reference, load_reference
+from rlgen.policies.load import load_policy
+from rlgen.rewards.open_clip_model import read_open_clip_config
+from rlgen.storage import local_copy
+from rlgen.tokenizers.conv_vq import load_conv_vq
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Open every input and compare them; nothing is kept.
+
+    Raises:
+        ConfigError: two of them do not fit; names both values.
+        CheckpointError: one is missing or damaged.
+    """
+    device = torch.device("cpu")
+    policy = load_policy(config.policy.checkpoint, device=device)
+    tokenizer = load_conv_vq(config.tokenizer.checkpoint, device)
+    if policy.num_classes != len(config.class_names):
+        raise ConfigError(
+            f"class_names has {len(config.class_names)} names and the policy "
+            f"{config.policy.checkpoint} has {policy.num_classes} classes; name every class."
+        )
+    ours = (policy.codebook_size, policy.num_tokens)
+    theirs = (tokenizer.codebook_size, tokenizer.num_tokens)
+    if ours != theirs:
+        raise ConfigError(
+            f"the policy makes {ours[1]} tokens of {ours[0]} codes and the tokenizer "
+            f"{config.tokenizer.checkpoint} takes {theirs[1]} tokens of {theirs[0]} codes; use "
+            "the tokenizer that the policy was trained with."
+        )
+    for scorer in config.reward.active_scorers.values():
+        read_open_clip_config(scorer.checkpoint)
+    _check_moments(config, device)
+    _check_judge(config, device)
+    if config.checkpoint.resume_from is not None:
+        _check_resume(config, config.checkpoint.resume_from)
+
+
+def _check_moments(config: RunConfig, device: torch.device) -> None:
+    loo_fid = config.reward.loo_fid
+    if loo_fid is None:
+        return
+    extractor = load_extractor(loo_fid.extractor, device)
+    with local_copy(loo_fid.reference) as path:
+        reference = load_reference(path)
+    check_reference(
+        reference,
+        feature_space=extractor.feature_space,
+        num_features=extractor.num_features,
+        path=f"reward.loo_fid.reference = {loo_fid.reference}",
+    )
+
+
+def _check_judge(config: RunConfig, device: torch.device) -> None:
+    judge = load_extractor(config.evaluation.judge, device)
+    real = load_real_features(config.evaluation.judge_reference)
+    if real.feature_space != judge.feature_space:
+        raise ConfigError(
+            f"evaluation.judge_reference = {config.evaluation.judge_reference} holds features of "
+            f"{real.feature_space!r} and evaluation.judge is {judge.feature_space!r}; compute the "
+            "real features with this judge."
+        )
+    if config.reward.loo_fid is not None:
+        rewarded = load_extractor(config.reward.loo_fid.extractor, device)
+        if rewarded.feature_space == judge.feature_space:
+            raise ConfigError(
+                f"evaluation.judge and reward.loo_fid.extractor are the same network "
+                f"({judge.feature_space!r}); a judge that the reward sees proves nothing: use "
+                "another one."
+            )
+
+
+def _check_resume(config: RunConfig, uri: str) -> None:
+    """A resumed run must be the same run: everything but where and how it runs is equal."""
+    meta = read_meta(uri)
+    ours = resume_key(config)
+    if meta["resume_key"] != ours:
+        raise CheckpointError(
+            f"checkpoint.resume_from = {uri} was written with other settings (key "
+            f"{meta['resume_key'][:12]}, this run {ours[:12]}); resume with the config.yaml in "
+            "that run's folder, or start from its policy.safetensors as policy.checkpoint."
+        )
+
+
+def resume_key(config: RunConfig) -> str:
+    """Digest of the settings that decide a run's result; worker counts and places do not."""
+    neutral = RunConfig()
+    return config_sha256(
+        config.model_copy(
+            update={
+                "runtime": neutral.runtime,
+                "checkpoint": neutral.checkpoint,
+                "tracking": neutral.tracking,
+                "cluster": neutral.cluster,
+                "reward": config.reward.model_copy(update={"num_workers": 1}),
+                "rollout": config.rollout.model_copy(update={"num_workers": 1}),
+                "learner": config.learner.model_copy(update={"num_workers": 1}),
+            }
+        )
+    )
