@@ -277,7 +277,7 @@ class Tracker:
 
     def _note_outage(self, error: Exception) -> None:
         first_line = (str(error).splitlines() or [""])[0].replace(self._uri, self._shown_uri)
-        self._outage = f"{type(error).__name__}: {first_line[:200]}"
+        self._outage = f"{type(error).__name__}: {first_line[:400]}"
         if not self._abandoned.is_set():
             self._warnings["outage"] = (
                 f"MLflow at {self._shown_uri} doesn't take records ({self._outage}); the run goes "
@@ -395,9 +395,7 @@ class _MlflowRun:
 
     def _last_step(self, name: str) -> int:
         if name not in self._last_steps:
-            history = (
-                self._client.get_metric_history(self.run_id, name) if self._is_resumed else []
-            )
+            history = self._client.get_metric_history(self.run_id, name) if self._is_resumed else []
             self._last_steps[name] = max((point.step for point in history), default=-1)
         return self._last_steps[name]
 

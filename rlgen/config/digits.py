@@ -29,12 +29,12 @@ class DigitsConfig(Section):
     """Codes of the tokenizer."""
     tokenizer_steps: PositiveInt = 600
     """Optimiser steps of the tokenizer, at batch 128."""
-    feature_steps: PositiveInt = 300
-    """Optimiser steps of the feature net, and of the judge."""
-    clip_steps: PositiveInt = 400
-    """Optimiser steps of the tiny open_clip model."""
-    preference_steps: PositiveInt = 150
-    """Optimiser steps of the preference model, which starts from the CLIP."""
+    feature_steps: PositiveInt = 400
+    """Optimiser steps of the feature net, and of the judge, at batch 128."""
+    clip_steps: PositiveInt = 500
+    """Optimiser steps of the tiny open_clip model, at batch 96."""
+    preference_steps: PositiveInt = 250
+    """Optimiser steps of the preference model, which starts from the CLIP, at 72 pairs."""
     policy_width: Annotated[int, Field(ge=16)] = 64
     """Width of the tiny policy."""
     policy_layers: PositiveInt = 3

@@ -52,14 +52,18 @@ def digits_preprocess(config: DigitsConfig) -> Preprocess:
 
 def train_clip(
     data: DigitsData, config: DigitsConfig, *, on_step: OnStep | None = None
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Train the CLIP on training digits; the same for the same config on the CPU.
 
     Contrastive, with every caption that is true of an image as a positive: classes repeat
     within a batch, and "a photo of the digit three" describes a small three as well.
+
+    Returns:
+        The model, and the model_cfg that open_clip builds it from.
     """
+    model_config = clip_model_config(config)
     with seeded_init(config.seed):
-        model = build_open_clip(clip_model_config(config), "the tiny CLIP")
+        model = build_open_clip(model_config, "the tiny CLIP")
     # 49,408 rows of which the captions use forty: random rows serve as well as trained ones.
     model.token_embedding.requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
@@ -80,7 +84,7 @@ def train_clip(
         return contrastive_loss(logits, truth_BU[:, chosen])
 
     minimize(model, loss_at, num_steps=config.clip_steps, max_lr=MAX_LR, on_step=on_step)
-    return model
+    return model, model_config
 
 
 def contrastive_loss(logits: Tensor, positives: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Source: HPSv2, arXiv:2306.09341, section 4.
 """
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,18 @@ from rlgen.digits.captions import PROMPTS
 from rlgen.digits.damage import DAMAGES, mix_reconstructions
 from rlgen.digits.data import DigitsData
 from rlgen.digits.optimise import OnStep, draw_rows, minimize
-from rlgen.digits.train_clip import CONTEXT_LENGTH, digits_preprocess
+from rlgen.digits.train_clip import digits_preprocess
 from rlgen.tokenizers.conv_vq import ConvVQ
 
-PAIRS_PER_DAMAGE = 12
+PAIRS = {
+    "replace_codes": 14,
+    "borrow_codes": 22,
+    "swap_class": 12,
+    "blur": 8,
+    "add_noise": 8,
+    "erase_patch": 8,
+}
+"""Pairs of a batch by damage; most for what is hardest to see and likeliest to happen."""
 MAX_LR = 3e-3
 SEED_OFFSET = 2000
 """Keeps the draws apart from those of the CLIP's training."""
@@ -27,9 +36,10 @@ SEED_OFFSET = 2000
 
 def train_preference(
     data: DigitsData,
-    config: DigitsConfig,
     clip: nn.Module,
+    clip_config: dict[str, Any],
     tokenizer: ConvVQ,
+    config: DigitsConfig,
     *,
     on_step: OnStep | None = None,
 ) -> nn.Module:
@@ -43,15 +53,16 @@ def train_preference(
     model.token_embedding.requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed + SEED_OFFSET)
     preprocess = digits_preprocess(config)
-    prompt_tokens = SimpleTokenizer(context_length=CONTEXT_LENGTH)(list(PROMPTS))
+    context_length = clip_config["text_cfg"]["context_length"]
+    prompt_tokens = SimpleTokenizer(context_length=context_length)(list(PROMPTS))
     rows_of_class = [(data.train.labels_N == c).nonzero().flatten() for c in range(len(PROMPTS))]
 
     def loss_at(step: int) -> Tensor:
-        rows = draw_rows(len(data.train.labels_N), PAIRS_PER_DAMAGE * len(DAMAGES), generator)
+        rows = draw_rows(len(data.train.labels_N), sum(PAIRS.values()), generator)
         damaged = torch.cat(
             [
-                damage(data.train, part, tokenizer, generator)
-                for damage, part in zip(DAMAGES.values(), rows.chunk(len(DAMAGES)), strict=True)
+                DAMAGES[name](data.train, part, tokenizer, generator)
+                for name, part in zip(PAIRS, rows.split(list(PAIRS.values())), strict=True)
             ]
         )
         clean_rows = _sometimes_another(rows, data.train.labels_N, rows_of_class, generator)

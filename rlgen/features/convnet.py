@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+FEATURE_BIAS = 2.0
+
+
 @dataclass(frozen=True)
 class ConvNetConfig:
     """Sizes of a `ConvNet`."""
@@ -33,8 +36,16 @@ class ConvNet(nn.Module):
         self.config = config
         self.trunk = _plain_trunk(config) if config.architecture == "plain" else _residual(config)
         self.head = nn.Linear(config.num_features, config.num_classes)
+        # With a bias of 0 a sixth of the features never becomes positive for any digit, and the
+        # covariance of the features is singular.
+        nn.init.constant_(self._feature_layer.bias, FEATURE_BIAS)
         # Pooling over the other layout takes five times as long on a CPU.
         self.to(memory_format=torch.channels_last)
+
+    @property
+    def _feature_layer(self) -> nn.Conv2d | nn.Linear:
+        layers = [m for m in self.trunk if isinstance(m, nn.Conv2d | nn.Linear)]
+        return layers[-1]
 
     def features(self, images_01: Tensor) -> Tensor:
         """Return the feature layer.

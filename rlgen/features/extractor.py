@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from rlgen.features.convnet import ConvNet, ConvNetConfig
-from rlgen.nn.weights import load_state, read_weights, save_weights, state_sha256
+from rlgen.nn.weights import (
+    load_state,
+    make_config,
+    read_weights,
+    save_weights,
+    state_sha256,
+)
 
 KIND = "convnet"
 BATCH_SIZE = 128
@@ -46,6 +52,11 @@ class ConvNetExtractor:
         # Small batches stay in the CPU's cache: half the time for 480 images.
         return torch.cat([self.net.features(part) for part in images_01.split(BATCH_SIZE)])
 
+    @torch.inference_mode()
+    def classify(self, images_01: Tensor) -> Tensor:
+        """Return class logits [B, num_classes]."""
+        return self.net.head(self(images_01))
+
 
 def save_convnet(location: str, net: ConvNet) -> None:
     """Write the net as a self-describing weight file."""
@@ -58,8 +69,8 @@ def load_convnet(location: str, device: torch.device | str = "cpu") -> ConvNet:
     Raises:
         CheckpointError: the file is missing, damaged, or not a ConvNet.
     """
-    config, state = read_weights(location, kind=KIND)
-    net = ConvNet(ConvNetConfig(**config))
+    fields, state = read_weights(location, kind=KIND)
+    net = ConvNet(make_config(ConvNetConfig, fields, location))
     load_state(net, state, location)
     return net.requires_grad_(False).eval().to(device)
 

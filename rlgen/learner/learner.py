@@ -20,18 +20,8 @@ from rlgen.grpo.entropy import EntropyController
 from rlgen.grpo.loss import clipped_surrogate, k3_divergence
 from rlgen.learner.totals import Totals
 from rlgen.sampling.scoring import Forward, score_tokens
-from rlgen.types import LearnerBatch, SamplingSettings
-
-
-def sampling_settings(config: RunConfig) -> SamplingSettings:
-    """The distribution that rollouts are drawn from and the learner scores."""
-    rollout = config.rollout
-    return SamplingSettings(
-        cfg_scale=rollout.cfg_scale,
-        temperature=rollout.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-    )
+from rlgen.sampling.units import training_settings
+from rlgen.types import LearnerBatch
 
 
 class Learner:
@@ -48,7 +38,7 @@ class Learner:
         self.policy = policy
         self.config = config
         self.device = device
-        self.settings = sampling_settings(config)
+        self.settings = training_settings(config)
         self.policy_version = 0
         self._gate_is_open = False
         self.entropy = EntropyController()

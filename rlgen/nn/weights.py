@@ -9,7 +9,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from rlgen.errors import CheckpointError, StorageError
 from rlgen.storage import local_copy, without_credentials, write_bytes
+
+ConfigT = TypeVar("ConfigT")
 
 KIND_KEY = "rlgen.kind"
 CONFIG_KEY = "rlgen.config"
@@ -41,9 +43,16 @@ def save_weights(
     Raises:
         StorageError: it cannot be written.
     """
+    write_bytes(location, weight_bytes(weights, kind=kind, config=config))
+
+
+def weight_bytes(
+    weights: nn.Module | Mapping[str, Tensor], *, kind: str, config: dict[str, Any]
+) -> bytes:
+    """Return the bytes of the file that `save_weights` writes."""
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     metadata = {KIND_KEY: kind, CONFIG_KEY: json.dumps(config, sort_keys=True)}
-    write_bytes(location, tensors_to_bytes(state, metadata))
+    return tensors_to_bytes(state, metadata)
 
 
 def tensors_to_bytes(state: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -167,6 +176,21 @@ def _parse_header(payload: bytes, shown: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{shown} is not a safetensors file (its header is not JSON: {error}); "
             "name a .safetensors file, or convert this one."
+        ) from error
+
+
+def make_config(config_type: type[ConfigT], fields: dict[str, Any], location: str) -> ConfigT:
+    """Build a config dataclass from the fields that a weight file holds.
+
+    Raises:
+        CheckpointError: the fields are not those of the dataclass.
+    """
+    try:
+        return config_type(**fields)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{without_credentials(location)} has a config that is not a {config_type.__name__} "
+            f"({error}); write the file again with this version of rlgen."
         ) from error
 
 

@@ -16,7 +16,7 @@ import torch
 from rlgen.config.run import LooFidConfig, RunConfig
 from rlgen.errors import NumericsError, RewardError
 from rlgen.grpo.advantages import RunningScale, WeightedReward, combine_advantages
-from rlgen.moments.coordinates import ReferenceCoordinates
+from rlgen.moments.coordinates import ReferenceCoordinates, to_coordinates
 from rlgen.moments.ema import EmaState
 from rlgen.moments.leave_one_out import LeaveOneOut, leave_one_out
 from rlgen.moments.reference import load_reference
@@ -36,7 +36,7 @@ class MomentStore:
         self._reference: ReferenceCoordinates | None = None
         if self._loo_config is not None:
             with local_copy(self._loo_config.reference) as path:
-                self._reference = ReferenceCoordinates.from_reference(load_reference(path))
+                self._reference = to_coordinates(load_reference(path))
         self._state: EmaState | None = None
         self._scales: dict[str, RunningScale] = {}
         self._last: StepRewards | None = None

@@ -29,9 +29,18 @@ def class_schedule(*, seed: int, step: int, num_conditions: int, num_classes: in
     return np.concatenate(permutations)[:num_conditions].astype(np.int64)
 
 
-def training_units(
-    config: RunConfig, step: int, *, policy_version: int, settings: SamplingSettings
-) -> list[WorkUnit]:
+def training_settings(config: RunConfig) -> SamplingSettings:
+    """The distribution that rollouts are drawn from and the learner scores."""
+    rollout = config.rollout
+    return SamplingSettings(
+        cfg_scale=rollout.cfg_scale,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+    )
+
+
+def training_units(config: RunConfig, step: int, *, policy_version: int) -> list[WorkUnit]:
     """The units of a training step."""
     rollout = config.rollout
     class_ids = class_schedule(
@@ -51,7 +60,7 @@ def training_units(
             condition_indices_P=np.arange(first, first + rollout.conditions_per_unit),
             class_ids_P=class_ids[first : first + rollout.conditions_per_unit],
             group_size=rollout.group_size,
-            settings=settings,
+            settings=training_settings(config),
         )
         for index, first in enumerate(
             range(0, rollout.conditions_per_step, rollout.conditions_per_unit)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlgen.nn.weights import load_state, read_weights, save_weights
+from rlgen.nn.weights import load_state, make_config, read_weights, save_weights
 
 KIND = "conv_vq"
 STRIDE = 4
@@ -155,7 +155,7 @@ def load_conv_vq(location: str, device: torch.device | str = "cpu") -> ConvVQ:
     Raises:
         CheckpointError: the file is missing, damaged, or not a ConvVQ.
     """
-    config, state = read_weights(location, kind=KIND)
-    tokenizer = ConvVQ(ConvVQConfig(**config))
+    fields, state = read_weights(location, kind=KIND)
+    tokenizer = ConvVQ(make_config(ConvVQConfig, fields, location))
     load_state(tokenizer, state, location)
     return tokenizer.requires_grad_(False).eval().to(device)

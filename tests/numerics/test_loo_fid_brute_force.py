@@ -161,3 +161,25 @@ def test_duplicates_are_rewarded_alike(decay: float, width: int) -> None:
     torch.testing.assert_close(result.rewards_B, expected_N, rtol=0, atol=atol)
     spread = result.rewards_B[[1, 4, 7]]
     assert float(spread.max() - spread.min()) <= atol
+
+
+@pytest.mark.parametrize("method", ["eigh", "tridiagonal"])
+def test_steep_spectrum_keeps_its_small_eigenvalues(method: str) -> None:
+    """Standard deviations from 1 to 1e-3: eigenvalues of the cross term span 12 decades."""
+    generator = torch.Generator().manual_seed(8)
+    steepness_F = torch.logspace(0, -3, 30, dtype=torch.float64)
+    rows = [
+        steepness_F * torch.randn(count, 30, generator=generator, dtype=torch.float64)
+        for count in (300, 200, 12)
+    ]
+    moments = brute.reference_of(rows[0])
+    reference = to_coordinates(moments)
+    state = EmaState.bootstrap(rows[1], reference)
+    result = leave_one_out(state, rows[2], reference, decay=0.9, method=method)
+    weights_H = torch.full((200,), 1 / 200, dtype=torch.float64)
+    expected_N, fid = brute.rewards(rows[1], weights_H, rows[2], moments, decay=0.9)
+    # The matrix is graded, so its small eigenvalues keep their digits. A floor at 1e-9 of the
+    # largest one would make rewards wrong by 1e-4.
+    torch.testing.assert_close(result.rewards_B, expected_N, rtol=0, atol=ATOL_FULL_RANK)
+    assert result.fid == pytest.approx(fid, rel=0, abs=1e-9)
+    assert result.guard_fraction == 0

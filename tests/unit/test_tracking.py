@@ -116,7 +116,7 @@ def test_resume_goes_on_with_the_run_and_repeats_nothing(
 
 
 def test_artifacts_lie_beside_the_database(sqlite_run: tuple[str, Path, str]) -> None:
-    uri, run_dir, run_id = sqlite_run
+    _, run_dir, run_id = sqlite_run
     root = run_dir.parent
     assert (root / f"mlartifacts/{run_id}/artifacts/report.html").is_file()
     assert {path.name for path in root.iterdir()} == {"mlflow.db", "mlartifacts", "first"}
@@ -124,14 +124,14 @@ def test_artifacts_lie_beside_the_database(sqlite_run: tuple[str, Path, str]) ->
 
 def test_start_is_instant_and_nothing_is_printed_or_left_in_the_folder(tmp_path: Path) -> None:
     code = """
-import sys, time
+import time
 from pathlib import Path
 from rlgen.tracking import Tracker
 start = time.perf_counter()
-tracker = Tracker("sqlite:///runs/mlflow.db", experiment="e", run_name="n", spool_dir=Path("runs/a"))
+names = {"experiment": "e", "run_name": "n"}
+tracker = Tracker("sqlite:///runs/mlflow.db", **names, spool_dir=Path("runs/a"))
 took = time.perf_counter() - start
 assert took < 0.5, took
-assert "mlflow" not in sys.modules or took < 0.5
 tracker.log_metrics(0, {"a": 1.0})
 tracker.close(timeout_s=120)
 assert tracker.warnings == [], tracker.warnings
@@ -291,7 +291,9 @@ def test_a_uri_that_cannot_work_is_refused_early(uri: str, way_out: str) -> None
     assert "hush" not in str(caught.value)
 
 
-def test_the_command_that_opens_the_interface(tmp_path: Path, monkeypatch) -> None:
+def test_the_command_that_opens_the_interface(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     expected = f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/runs/mlflow.db --port 5000"
     assert ui_command("sqlite:///runs/mlflow.db") == expected

@@ -1,0 +1,137 @@
+"""The main job: post-train a token-based image generator by GRPO.
+
+`python -m rlgen.jobs.grpo` trains the embedded default; `--help` tells the rest. This file tells
+the whole story of a run. What each role computes is in sampling/, rewards/, moments/ and learner/;
+where it runs is the runtime's business.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlgen.config.plan import check_local_files, describe_plan
+from rlgen.config.run import RunConfig
+from rlgen.jobs.cli import Request, parse_request, run_job
+
+if TYPE_CHECKING:  # torch and Ray take seconds to import; --dry-run must not
+    from rlgen.jobs.recorder import Recorder
+    from rlgen.learner.runtime import Runtime
+    from rlgen.types import WorkUnit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, plan, prepare, run."""
+    request = parse_request(arguments, job="grpo", description=__doc__.split("\n")[0])
+    check_local_files(request.config)
+    if request.is_dry_run:
+        print(describe_plan(request.config))
+        return 0
+    return run(request)
+
+
+def run(request: Request) -> int:
+    """Prepare inputs, place the roles, train, and leave a folder that shows the result."""
+    from rlgen.jobs.prepare import make_runtime, prepare_inputs
+    from rlgen.jobs.recorder import Recorder
+
+    with Recorder(request.config, output=request.output) as recorder:
+        config = prepare_inputs(request.config, recorder)
+        recorder.open(config)
+        runtime = make_runtime(config, recorder)
+        try:
+            train(config, runtime, recorder)
+        finally:
+            runtime.close()
+    return 0
+
+
+def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
+    """The run itself, on roles that are placed but not started."""
+    from rlgen.evaluation.evaluator import Evaluator
+    from rlgen.learner.batch import learner_batch, pooled
+    from rlgen.jobs.checkpoints import restore_run, save_run
+    from rlgen.sampling.units import training_units
+
+    recorder.stage("starting the roles")
+    runtime.start(resume_from=config.checkpoint.resume_from)
+    evaluator = Evaluator(config, runtime)
+    if config.checkpoint.resume_from is None:
+        recorder.stage("judging the base policy")
+        recorder.begin(evaluator.sweep(0))
+        bootstrap_moments(config, runtime)
+        first_step = 0
+    else:
+        first_step = restore_run(config, runtime, recorder)
+
+    lag = config.max_policy_lag
+
+    def units_of(step: int) -> "list[WorkUnit]":
+        version = max(step - lag, first_step)
+        return training_units(config, step, policy_version=version)
+
+    for step in range(first_step, min(first_step + lag, config.steps)):
+        runtime.submit(units_of(step))  # a head start for the samplers, if lag allows one
+    for step in range(first_step, config.steps):
+        started = time.perf_counter()
+        if step + lag < config.steps:
+            runtime.submit(units_of(step + lag))
+        scored = runtime.collect(units_of(step))
+        collected = time.perf_counter()
+        rewards = runtime.commit_moments(step, *pooled(scored))
+        committed = time.perf_counter()
+        metrics = runtime.learn(learner_batch(step, scored, rewards))
+        finished = time.perf_counter()
+        recorder.log_step(
+            step,
+            scored,
+            rewards,
+            metrics,
+            times={
+                "time/rollout_and_score_s": collected - started,
+                "time/commit_s": committed - collected,
+                "time/learn_s": finished - committed,
+                "time/step_s": finished - started,
+            },
+        )
+        if is_due(step + 1, config.evaluation.every_steps) and step + 1 < config.steps:
+            recorder.log_evaluation(step + 1, *evaluator.evaluate(step + 1))
+        if is_due(step + 1, config.checkpoint.every_steps) or step + 1 == config.steps:
+            save_run(config, runtime, recorder, step + 1)
+
+    recorder.stage("judging the trained policy")
+    recorder.finish(
+        evaluator.sweep(config.steps),
+        policy_sha256=runtime.policy_sha256(),
+        restarts=runtime.restarts(),
+    )
+
+
+def bootstrap_moments(config: RunConfig, runtime: "Runtime") -> None:
+    """Start the EMA from images of the base policy, sampled like the training's."""
+    import numpy as np
+
+    from rlgen.sampling.units import independent_units, training_settings
+
+    if config.reward.loo_fid is None:
+        return
+    units = independent_units(
+        config,
+        "bootstrap",
+        num_images=config.reward.loo_fid.bootstrap_images,
+        seed=config.seed,
+        policy_version=0,
+        settings=training_settings(config),
+    )
+    runtime.submit(units)
+    features = [scored.features_BF for scored in runtime.collect(units)]
+    runtime.bootstrap_moments(np.concatenate([f for f in features if f is not None]))
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every > 0 and step % every == 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

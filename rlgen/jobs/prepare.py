@@ -1,0 +1,50 @@
+"""What happens before the first role starts: inputs, checks, and the choice of the runtime.
+
+Everything that can be wrong with a request is found here, before any process takes a GPU.
+"""
+
+from pathlib import Path
+
+from rlgen.config.plan import uses_embedded
+from rlgen.config.run import RunConfig
+from rlgen.digits.assets import ensure_assets, resolve_embedded
+from rlgen.jobs.recorder import Recorder
+from rlgen.learner.preflight import check_inputs
+from rlgen.learner.runtime import LocalRuntime, Runtime
+from rlgen.tracking import check_tracking_uri
+
+
+def prepare_inputs(config: RunConfig, recorder: Recorder) -> RunConfig:
+    """Train the embedded default if it is asked for and not cached; check that inputs fit.
+
+    Returns:
+        the configuration with real paths in place of `embedded`.
+    Raises:
+        RlgenError: an input is missing, damaged or does not fit another.
+    """
+    if config.tracking.uri is not None:
+        check_tracking_uri(config.tracking.uri)
+    if uses_embedded(config):
+        assets = ensure_assets(
+            config.digits,
+            lambda name, done, total: recorder.stage(
+                f"training the embedded default, once: {name}", done=done, total=total
+            ),
+        )
+        config = resolve_embedded(config, assets)
+    recorder.stage("checking inputs")
+    check_inputs(config)
+    return config
+
+
+def make_runtime(config: RunConfig, recorder: Recorder) -> Runtime:
+    """Connect to Ray, or load everything into this process."""
+    if config.runtime == "local":
+        return LocalRuntime(config)
+    from rlgen.actors.ray_runtime import RayRuntime
+
+    recorder.stage("starting Ray")
+    runtime = RayRuntime(config, output=Path(recorder.folder).resolve())
+    if runtime.dashboard_url:
+        recorder.note(f"Ray dashboard: http://{runtime.dashboard_url}")
+    return runtime
