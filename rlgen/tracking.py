@@ -51,7 +51,7 @@ def check_tracking_uri(uri: str) -> None:
             raise ConfigError(f"tracking.uri = {shown} is a folder; name a file in it.")
         return
     if "://" not in uri or uri.startswith("file:"):
-        folder = uri.removeprefix("file:").replace("//", "/", 1).rstrip("/") or "runs"
+        folder = re.sub(r"^file:(//)?", "", uri).rstrip("/") or "runs"
         raise ConfigError(
             f"tracking.uri = {shown} is a file store, which MLflow 3 refuses; use "
             f"sqlite:///{folder}/mlflow.db, a server's http:// URL, or none."

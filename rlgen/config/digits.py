@@ -33,7 +33,7 @@ class DigitsConfig(Section):
     """Optimiser steps of the feature net, and of the judge, at batch 128."""
     clip_steps: PositiveInt = 500
     """Optimiser steps of the tiny open_clip model, at batch 96."""
-    preference_steps: PositiveInt = 250
+    preference_steps: PositiveInt = 220
     """Optimiser steps of the preference model, which starts from the CLIP, at 72 pairs."""
     policy_width: Annotated[int, Field(ge=16)] = 64
     """Width of the tiny policy."""

@@ -33,9 +33,7 @@ def replace_codes(
     """Replace between two and half of the codes by any others, and decode."""
     tokens_NL = tokenizer.encode(images.images_rgb_01[rows])
     # An offset of 1 to V-1 never gives the same code again.
-    offsets_NL = torch.randint(
-        1, tokenizer.codebook_size, tokens_NL.shape, generator=generator
-    )
+    offsets_NL = torch.randint(1, tokenizer.codebook_size, tokens_NL.shape, generator=generator)
     other_NL = (tokens_NL + offsets_NL) % tokenizer.codebook_size
     return tokenizer.decode(_mix_codes(tokens_NL, other_NL, generator))
 
@@ -117,9 +115,7 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-def mix_reconstructions(
-    images_01: Tensor, tokenizer: ConvVQ, generator: torch.Generator
-) -> Tensor:
+def mix_reconstructions(images_01: Tensor, tokenizer: ConvVQ, generator: torch.Generator) -> Tensor:
     """Replace a random half of the images by the tokenizer's reconstruction of them."""
     reconstructed = tokenizer.decode(tokenizer.encode(images_01))
     chosen = torch.rand(len(images_01), generator=generator) < 0.5
@@ -137,9 +133,7 @@ def _mix_codes(tokens_NL: Tensor, other_NL: Tensor, generator: torch.Generator) 
     return torch.where(ranks_NL < counts_N1, other_NL, tokens_NL)
 
 
-def _rows_of_other_classes(
-    images: DigitImages, rows: Tensor, generator: torch.Generator
-) -> Tensor:
+def _rows_of_other_classes(images: DigitImages, rows: Tensor, generator: torch.Generator) -> Tensor:
     """Draw, for each row, a row of another class."""
     candidates = torch.randint(len(images.labels_N), (len(rows), 32), generator=generator)
     differs = images.labels_N[candidates] != images.labels_N[rows][:, None]

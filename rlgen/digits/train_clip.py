@@ -5,9 +5,10 @@ Owns its sizes and its recipe; the model is open_clip's own CLIP class.
 
 from typing import Any
 
+import open_clip
 import torch
 from open_clip.tokenizer import SimpleTokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlgen.config.digits import DigitsConfig
 from rlgen.digits.captions import make_caption_table
@@ -52,7 +53,7 @@ def digits_preprocess(config: DigitsConfig) -> Preprocess:
 
 def train_clip(
     data: DigitsData, config: DigitsConfig, *, on_step: OnStep | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[open_clip.CLIP, dict[str, Any]]:
     """Train the CLIP on training digits; the same for the same config on the CPU.
 
     Contrastive, with every caption that is true of an image as a positive: classes repeat

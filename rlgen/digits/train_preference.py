@@ -7,10 +7,11 @@ Source: HPSv2, arXiv:2306.09341, section 4.
 import copy
 from typing import Any
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlgen.config.digits import DigitsConfig
 from rlgen.digits.captions import PROMPTS
@@ -36,13 +37,13 @@ SEED_OFFSET = 2000
 
 def train_preference(
     data: DigitsData,
-    clip: nn.Module,
+    clip: open_clip.CLIP,
     clip_config: dict[str, Any],
     tokenizer: ConvVQ,
     config: DigitsConfig,
     *,
     on_step: OnStep | None = None,
-) -> nn.Module:
+) -> open_clip.CLIP:
     """Tune a copy of the CLIP to prefer clean digits; deterministic on the CPU.
 
     Half of the clean images are reconstructions, so that the tokenizer's traces alone are no

@@ -40,9 +40,7 @@ def train_tokenizer(
             uses_V.zero_()
         return output.loss
 
-    minimize(
-        tokenizer, loss_at, num_steps=config.tokenizer_steps, max_lr=MAX_LR, on_step=on_step
-    )
+    minimize(tokenizer, loss_at, num_steps=config.tokenizer_steps, max_lr=MAX_LR, on_step=on_step)
     return tokenizer
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 FEATURE_BIAS = 2.0
 
 
@@ -36,16 +35,8 @@ class ConvNet(nn.Module):
         self.config = config
         self.trunk = _plain_trunk(config) if config.architecture == "plain" else _residual(config)
         self.head = nn.Linear(config.num_features, config.num_classes)
-        # With a bias of 0 a sixth of the features never becomes positive for any digit, and the
-        # covariance of the features is singular.
-        nn.init.constant_(self._feature_layer.bias, FEATURE_BIAS)
         # Pooling over the other layout takes five times as long on a CPU.
         self.to(memory_format=torch.channels_last)
-
-    @property
-    def _feature_layer(self) -> nn.Conv2d | nn.Linear:
-        layers = [m for m in self.trunk if isinstance(m, nn.Conv2d | nn.Linear)]
-        return layers[-1]
 
     def features(self, images_01: Tensor) -> Tensor:
         """Return the feature layer.
@@ -72,7 +63,7 @@ def _plain_trunk(config: ConvNetConfig) -> nn.Sequential:
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(width * grid * grid, config.num_features),
+        _biased(nn.Linear(width * grid * grid, config.num_features)),
     )
 
 
@@ -84,10 +75,21 @@ def _residual(config: ConvNetConfig) -> nn.Sequential:
         nn.Conv2d(width, config.num_features, 4, stride=2, padding=1),
         _ResidualBlock(config.num_features),
         nn.GELU(),
-        nn.Conv2d(config.num_features, config.num_features, 1),
+        _biased(nn.Conv2d(config.num_features, config.num_features, 1)),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
+
+
+def _biased(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+    """Let the feature layer begin positive.
+
+    With a bias of 0 a sixth of the features never becomes positive for any digit, and the
+    covariance of the features is singular.
+    """
+    assert layer.bias is not None, "a feature layer has a bias"
+    nn.init.constant_(layer.bias, FEATURE_BIAS)
+    return layer
 
 
 class _ResidualBlock(nn.Module):

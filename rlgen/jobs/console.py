@@ -117,6 +117,10 @@ class RunProgress:
         ):
             self._print(f"step {step}/{self._steps}  {numbers}  {self._times(step)}")
 
+    def show(self, table: Table) -> None:
+        """Print a table that stays."""
+        self._progress.console.print(table)
+
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self._progress.console.print(Text(text), soft_wrap=True)

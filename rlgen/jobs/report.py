@@ -8,6 +8,7 @@ import argparse
 import base64
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # matplotlib takes a second to import; --help must not
 Series = dict[str, list[tuple[int, float]]]
 
 INK, MUTED, LINE, ACCENT, SECOND = "#1f2328", "#6b7280", "#d9dce1", "#2457c5", "#c2571a"
+FONT_SIZE = 10.5
 MAX_EMBEDDED_BYTES = 1_500_000
 MAX_GRID_PIXELS = 1200
 REWARD_TITLES = {
@@ -88,6 +90,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "facts": _facts(summary),
         "config": config_text,
         "places": _places(run_dir),
+        "tracking": _tracking(run_dir),
     }
 
 
@@ -222,12 +225,15 @@ def _places(run_dir: Path) -> list[tuple[str, str]]:
         "checkpoints": "weights and run state",
         "grids": "fixed-seed grids by step",
     }
-    places = [(name, text) for name, text in known.items() if (run_dir / name).exists()]
+    return [(name, text) for name, text in known.items() if (run_dir / name).exists()]
+
+
+def _tracking(run_dir: Path) -> dict[str, str] | None:
     tracked = tracked_run(run_dir)
-    if tracked is not None:
-        uri, run_id = tracked
-        places.append((ui_command(uri), f"opens MLflow; this is run {run_id}"))
-    return places
+    if tracked is None:
+        return None
+    uri, run_id = tracked
+    return {"command": ui_command(uri), "run_id": run_id}
 
 
 def _row_names(config: Any) -> list[str]:
@@ -301,14 +307,14 @@ def _chart(
         axes.axhline(level[0], color=SECOND, linewidth=1.4, linestyle=(0, (5, 3)), label=level[1])
         axes.set_ylim(bottom=0)
     if level is not None or len(lines) > 1:
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    axes.set_xlabel("step", color=MUTED, fontsize=9)
-    first = "; ".join(
+        axes.legend(frameon=False, fontsize=FONT_SIZE, labelcolor=INK)
+    axes.set_xlabel("step", color=MUTED, fontsize=FONT_SIZE)
+    ends = "; ".join(
         f"{name + ' ' if name else ''}{points[0][1]:.3g} at step {points[0][0]}, "
         f"{points[-1][1]:.3g} at step {points[-1][0]}"
         for name, points in lines.items()
     )
-    return {"title": title, "note": note, "source": _svg(axes), "alt": f"{title}: {first}"}
+    return {"title": title, "note": note, "source": _svg(axes), "alt": f"{title}: {ends}"}
 
 
 def _sweep_chart(summary: Mapping[str, Any]) -> dict[str, str] | None:
@@ -321,8 +327,8 @@ def _sweep_chart(summary: Mapping[str, Any]) -> dict[str, str] | None:
         xs, ys = [p[0] for p in points], [p[1] for p in points]
         axes.plot(xs, ys, color=color, linewidth=1.8, marker="o", ms=4, label=name)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("guidance scale (1 is none)", color=MUTED, fontsize=9)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes.set_xlabel("guidance scale (1 is none)", color=MUTED, fontsize=FONT_SIZE)
+    axes.legend(frameon=False, fontsize=FONT_SIZE, labelcolor=INK)
     return {
         "title": "Judge FID over the guidance scale",
         "note": "lower is better",
@@ -331,14 +337,13 @@ def _sweep_chart(summary: Mapping[str, Any]) -> dict[str, str] | None:
     }
 
 
-def _smoothed(values: list[float], decay: float = 0.9) -> list[float]:
-    """Running mean with bias correction; a value that is not finite is left out."""
-    total = weight = 0.0
+def _smoothed(values: list[float]) -> list[float]:
+    """Centred running mean, so that the line has no lag; values that aren't finite are left out."""
+    radius = max(2, len(values) // 24)
     smoothed = []
-    for value in values:
-        if abs(value) < float("inf"):
-            total, weight = decay * total + value, decay * weight + 1.0
-        smoothed.append(total / weight if weight else value)
+    for i, value in enumerate(values):
+        window = [v for v in values[max(0, i - radius) : i + radius + 1] if math.isfinite(v)]
+        smoothed.append(sum(window) / len(window) if window else value)
     return smoothed
 
 
@@ -351,7 +356,7 @@ def _axes() -> "Axes":
     axes = figure.add_subplot()
     axes.grid(axis="y", color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=9, length=0)
+    axes.tick_params(colors=MUTED, labelsize=FONT_SIZE, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
     axes.locator_params(axis="both", nbins=6)
@@ -368,7 +373,7 @@ def _svg(axes: "Axes") -> str:
     # Text stays text: the browser's own font, and a tenth of the size of outlines.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rlgen"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = re.sub(r"font:([^;\"]*)'[^\"]*?(?=[;\"])", r"font:\1system-ui, sans-serif", buffer.getvalue().decode())
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", buffer.getvalue().decode())
     return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}"
 
 

@@ -6,8 +6,8 @@ github.com/tgxs002/HPSv2, img_score.py.
 
 from dataclasses import replace
 
+import open_clip
 import torch
-from torch import nn
 
 from rlgen.rewards.open_clip_model import CosineScorer, Preprocess, Tokenizer, load_open_clip
 
@@ -19,10 +19,8 @@ class HpsScorer(CosineScorer):
     zero before the normalisation.
     """
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
-        geometry = replace(
-            preprocess, resize_mode="longest", interpolation="bicubic", clamp=False
-        )
+    def __init__(self, model: open_clip.CLIP, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
+        geometry = replace(preprocess, resize_mode="longest", interpolation="bicubic", clamp=False)
         super().__init__(model, geometry, tokenizer)
 
 

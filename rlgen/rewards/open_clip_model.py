@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlgen.errors import CheckpointError, StorageError
 from rlgen.nn.weights import load_state, read_header, read_tensors, tensors_to_bytes
@@ -99,16 +99,14 @@ def _center_crop_or_pad(images: Tensor, size: tuple[int, int]) -> Tensor:
 class CosineScorer:
     """Cosine between an image and its prompt, with text features computed once per prompt."""
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: open_clip.CLIP, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
         self.model = model.requires_grad_(False).eval()
         self.preprocess = preprocess
         self.tokenizer = tokenizer
         self._text_cache: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def __call__(
-        self, images_01: Tensor, prompts: Sequence[str], class_ids_B: Tensor
-    ) -> Tensor:
+    def __call__(self, images_01: Tensor, prompts: Sequence[str], class_ids_B: Tensor) -> Tensor:
         """Return the cosines, float32 [B]; classes play no part."""
         if len(prompts) != len(images_01):
             raise ValueError(f"{len(prompts)} prompts for {len(images_01)} images; give one each.")
@@ -137,7 +135,7 @@ class CosineScorer:
 
 def load_open_clip(
     location: str, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, Preprocess, Tokenizer]:
+) -> tuple[open_clip.CLIP, Preprocess, Tokenizer]:
     """Read a model with its preprocessing and tokenizer.
 
     Args:
@@ -182,7 +180,7 @@ def read_open_clip_config(location: str) -> dict[str, Any]:
     return config
 
 
-def build_open_clip(model_config: dict[str, Any], location: str) -> nn.Module:
+def build_open_clip(model_config: dict[str, Any], location: str) -> open_clip.CLIP:
     """Build a model without weights, from open_clip's model_cfg.
 
     Raises:
@@ -211,7 +209,7 @@ def build_open_clip(model_config: dict[str, Any], location: str) -> nn.Module:
         ) from error
 
 
-def _make_preprocess(model: nn.Module, overrides: dict[str, Any], location: str) -> Preprocess:
+def _make_preprocess(model: open_clip.CLIP, overrides: dict[str, Any], location: str) -> Preprocess:
     merged = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), overrides))
     if merged.fill_color != 0 or merged.resize_mode not in ("shortest", "longest", "squash"):
         raise CheckpointError(
@@ -250,7 +248,7 @@ def _make_tokenizer(location: str, text_config: dict[str, Any]) -> Tokenizer:
         ) from error
 
 
-def save_open_clip(location: str, model: nn.Module, model_config: dict[str, Any]) -> None:
+def save_open_clip(location: str, model: open_clip.CLIP, model_config: dict[str, Any]) -> None:
     """Write a model folder that `load_open_clip` and open_clip's `local-dir:` both read.
 
     The preprocessing is open_clip's default: OpenAI's mean and std, bicubic, shorter side.

@@ -15,9 +15,7 @@ from rlgen.errors import RewardError
 class InstanceScorer(Protocol):
     """Images and what they were asked for to one number each; higher is better."""
 
-    def __call__(
-        self, images_01: Tensor, prompts: Sequence[str], class_ids_B: Tensor
-    ) -> Tensor:
+    def __call__(self, images_01: Tensor, prompts: Sequence[str], class_ids_B: Tensor) -> Tensor:
         """Map [B, 3, H, W] in [0, 1], B prompts and int64 [B] classes to float32 [B], finite."""
 
 
