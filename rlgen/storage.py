@@ -6,12 +6,12 @@ sees a half-written file. Must not know what the bytes mean.
 
 import hashlib
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 
@@ -24,11 +24,8 @@ def is_url(location: str) -> bool:
 
 
 def without_credentials(location: str) -> str:
-    """Return the location with any user:password@ part removed, for logs and messages."""
-    if "://" not in location:
-        return location
-    parts = urlsplit(location)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+    """Return the location without user:password@ and query, for logs and messages."""
+    return re.sub(r"://[^/@]*@", "://", location).partition("?")[0]
 
 
 def read_bytes(location: str) -> bytes:
@@ -103,6 +100,6 @@ def join(root: str, *parts: str) -> str:
     return "/".join([root.rstrip("/"), *parts])
 
 
-def sha256_hex(payload: bytes) -> str:
+def sha256_hex(payload: bytes | memoryview) -> str:
     """Return the sha256 of bytes as 64 hexadecimal digits."""
     return hashlib.sha256(payload).hexdigest()

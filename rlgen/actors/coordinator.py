@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import ray
-
 from rlgen.actors.dispatcher import Dispatcher
 from rlgen.types import LearnerBatch, Rollout, ScoredRollout, WorkUnit
 
@@ -39,7 +37,6 @@ class LearnerCommand:
         return LearnerCommand(self.kind, self.batches[rank : rank + 1], self.uri)
 
 
-@ray.remote(num_cpus=0)
 class Coordinator:
     """Work queues and the learners' mailbox, as an asyncio actor."""
 
@@ -77,7 +74,7 @@ class Coordinator:
         return self._dispatcher.take(unit_ids)
 
     async def release(self, worker: str) -> None:
-        """Put a lost worker's unit back, and give it no other: its last call may still wait here."""
+        """Put a lost worker's unit back; its last call may still wait here and gets no other."""
         self._lost.add(worker)
         self._dispatcher.release(worker)
         await self._notify()

@@ -12,7 +12,8 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig as TrainRunConfig, ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer, get_device
 
 from rlgen.actors.coordinator import LearnerCommand
@@ -64,9 +65,7 @@ def _obey(command: LearnerCommand, learner: Learner, weights: Any, rank: int) ->
 
 def _publish(learner: Learner, weights: Any, rank: int) -> None:
     if rank == 0:
-        manifest, buffer = pack_weights(
-            learner.policy.state_dict(), version=learner.policy_version
-        )
+        manifest, buffer = pack_weights(learner.policy.state_dict(), version=learner.policy_version)
         ray.get(weights.publish.remote(manifest, buffer))
 
 
@@ -85,7 +84,9 @@ class LearnerGroup:
     ) -> None:
         """Return at once; the ranks come up meanwhile."""
         self._coordinator = coordinator
-        gpus = config.learner.num_gpus
+        resources: dict[str, float] = {"CPU": config.learner.threads}
+        if config.learner.num_gpus:
+            resources["GPU"] = config.learner.num_gpus
         self._trainer = TorchTrainer(
             learner_loop,
             train_loop_config={
@@ -96,11 +97,14 @@ class LearnerGroup:
             },
             scaling_config=ScalingConfig(
                 num_workers=config.learner.num_workers,
-                use_gpu=gpus > 0,
-                resources_per_worker={"CPU": config.learner.threads} | ({"GPU": gpus} if gpus else {}),
+                use_gpu="GPU" in resources,
+                resources_per_worker=resources,
+                | ({"GPU": gpus} if gpus else {}),
             ),
             run_config=TrainRunConfig(
-                name=run_name, storage_path=str(storage), failure_config=FailureConfig(max_failures=0)
+                name=run_name,
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=0),
             ),
         )
         self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from rlgen.config.run import RunConfig
@@ -16,7 +15,6 @@ from rlgen.rewards.moment_store import MomentStore
 from rlgen.types import StepRewards
 
 
-@ray.remote
 class MomentStoreActor:
     """Shell of rewards.moment_store.MomentStore."""
 

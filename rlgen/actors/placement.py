@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -28,8 +29,7 @@ def connect(config: RunConfig) -> str:
         the dashboard's address, or an empty string.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options = {
+    options: dict[str, Any] = {
         "namespace": config.cluster.namespace,
         "log_to_driver": False,
         "logging_level": logging.ERROR,

@@ -54,14 +54,12 @@ class RayRuntime:
     def start(self, *, resume_from: str | None) -> None:
         """See Runtime; learners come up while the samplers already work."""
         config = self._config
-        self._coordinator = Coordinator.remote()
-        self._weights = WeightStore.remote(config.max_policy_lag + 2)
-        self._store = MomentStoreActor.options(
-            name=f"{self._name}-moments", num_cpus=config.reward.threads
+        self._coordinator = _actor(Coordinator, cpus=0).remote()
+        self._weights = _actor(WeightStore, cpus=0).remote(config.max_policy_lag + 2)
+        self._store = _actor(
+            MomentStoreActor, cpus=config.reward.threads, name=f"{self._name}-moments"
         ).remote(config)
-        self._supervisor = Supervisor(
-            self._coordinator, max_restarts=config.cluster.max_restarts
-        )
+        self._supervisor = Supervisor(self._coordinator, max_restarts=config.cluster.max_restarts)
         self._supervisor.hire("rollout", config.rollout.num_workers, self._make_rollout_worker)
         self._supervisor.hire("reward", config.reward.num_workers, self._make_reward_worker)
         self._learners = LearnerGroup(
@@ -139,13 +137,13 @@ class RayRuntime:
 
     def _make_rollout_worker(self, name: str) -> Any:
         rollout = self._config.rollout
-        return RolloutWorker.options(num_cpus=rollout.threads, num_gpus=rollout.num_gpus).remote(
+        return _actor(RolloutWorker, cpus=rollout.threads, gpus=rollout.num_gpus).remote(
             name, self._config, self._coordinator, self._weights
         )
 
     def _make_reward_worker(self, name: str) -> Any:
         reward = self._config.reward
-        return RewardWorker.options(num_cpus=reward.threads, num_gpus=reward.num_gpus).remote(
+        return _actor(RewardWorker, cpus=reward.threads, gpus=reward.num_gpus).remote(
             name, self._config, self._coordinator
         )
 
@@ -174,3 +172,8 @@ class RayRuntime:
                 f"the process behind {awaited} died ({error}); the last checkpoint is in place: "
                 "start again with checkpoint.resume_from."
             ) from None
+
+
+def _actor(shell: type, *, cpus: int, gpus: float = 0.0, name: str | None = None) -> Any:
+    """A plain class as an actor class with its resources."""
+    return ray.remote(shell).options(num_cpus=cpus, num_gpus=gpus, name=name)

@@ -13,7 +13,6 @@ from rlgen.errors import WeightTransferError
 from rlgen.types import WeightManifest
 
 
-@ray.remote(num_cpus=0)
 class WeightStore:
     """Keeps the newest versions."""
 

@@ -24,7 +24,6 @@ def actor_device(num_gpus: float) -> torch.device:
     return torch.device("cuda" if num_gpus > 0 else "cpu")
 
 
-@ray.remote
 class RolloutWorker:
     """Samples units until the coordinator closes."""
 
@@ -63,7 +62,6 @@ class RolloutWorker:
             self._sampler.update_weights(manifest, ray.get(reference))
 
 
-@ray.remote
 class RewardWorker:
     """Scores rollouts until the coordinator closes."""
 

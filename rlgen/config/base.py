@@ -4,7 +4,17 @@ Owns strictness: unknown keys and wrong types are errors, and a config never cha
 is made. Must not import torch, so that `--help` and `--dry-run` answer at once.
 """
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+EMBEDDED = "embedded"
+"""Stands for the embedded default's own file wherever a path is asked for."""
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
 
 
 class Section(BaseModel):

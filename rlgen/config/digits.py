@@ -7,9 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rlgen.config.base import Section
-
-PositiveInt = Annotated[int, Field(ge=1)]
+from rlgen.config.base import PositiveInt, Section
 
 
 class DigitsConfig(Section):

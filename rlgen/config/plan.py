@@ -5,7 +5,8 @@ Owns the plan that `--dry-run` prints and the checks that need no model. Must no
 
 from pathlib import Path
 
-from rlgen.config.run import EMBEDDED, RunConfig
+from rlgen.config.base import EMBEDDED
+from rlgen.config.run import RunConfig
 from rlgen.errors import ConfigError
 
 _PATH_FIELDS = ("checkpoint", "extractor", "reference", "judge", "judge_reference", "resume_from")

@@ -5,21 +5,18 @@ import torch, Ray or MLflow. The word `embedded` in place of a path means: the f
 pretrain job makes for the embedded default.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlgen.config.base import Section
+from rlgen.config.base import EMBEDDED, Fraction, NonNegative, Positive, PositiveInt, Section
 from rlgen.config.digits import DigitsConfig
-
-EMBEDDED = "embedded"
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-RewardScale = Literal["group_std", "batch_std", "running", "none"]
+from rlgen.config.reward import (
+    AdvantageConfig,
+    RewardConfig,
+)
+from rlgen.config.tree import flatten
 
 
 class PolicyConfig(Section):
@@ -59,95 +56,6 @@ class RolloutConfig(Section):
     """Keep the likeliest codes up to this mass; 1 keeps all."""
     cfg_scale: Annotated[float, Field(ge=1.0)] = 1.0
     """Classifier-free guidance in rollouts; the learner scores the guided distribution."""
-
-
-class ClipRewardConfig(Section):
-    """Cosine between image and prompt in an open_clip model."""
-
-    type: Literal["clip"] = "clip"
-    """Which scorer this is."""
-    weight: NonNegative = 0.25
-    """Weight of its advantages."""
-    checkpoint: str = EMBEDDED
-    """Folder (open_clip's local-dir layout) of the model."""
-    prompt: str = "a photo of the digit {class}"
-    """Caption of a condition; {class} is replaced by its name."""
-
-
-class PreferenceRewardConfig(Section):
-    """Human-preference score in the manner of HPSv2."""
-
-    type: Literal["hpsv2"] = "hpsv2"
-    """Which scorer this is."""
-    weight: NonNegative = 0.25
-    """Weight of its advantages."""
-    checkpoint: str = EMBEDDED
-    """Folder (open_clip's local-dir layout) of the model."""
-    prompt: str = "a photo of the digit {class}"
-    """Caption of a condition; {class} is replaced by its name."""
-
-
-ScorerConfig = Annotated[ClipRewardConfig | PreferenceRewardConfig, Field(discriminator="type")]
-
-
-class LooFidConfig(Section):
-    """The distribution reward: leave-one-out FID over EMA feature moments."""
-
-    weight: NonNegative = 1.0
-    """Weight of its advantages; 0 still tracks the EMA's FID but rewards nothing."""
-    extractor: str = EMBEDDED
-    """Path or URL of the feature extractor's weights."""
-    reference: str = EMBEDDED
-    """Path or URL of the reference moments, taken in the extractor's feature space."""
-    covariance: Literal["full", "diagonal"] = "full"
-    """Exact full covariance, or the diagonal form of the published method."""
-    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """EMA decay of the feature moments per step."""
-    bootstrap_images: PositiveInt = 2000
-    """Images of the base policy that the EMA starts from."""
-
-
-class RewardConfig(Section):
-    """Scoring: the reward actors, and what they score."""
-
-    num_workers: PositiveInt = 1
-    """Reward actors."""
-    threads: PositiveInt = 1
-    """CPU threads of each reward actor, and of the moment store."""
-    num_gpus: NonNegative = 0.0
-    """GPUs (or a share of one) for each reward actor."""
-    scorers: dict[str, ScorerConfig | None] = {
-        "clip": ClipRewardConfig(),
-        "preference": PreferenceRewardConfig(),
-    }
-    """Instance rewards by name; null removes one."""
-    loo_fid: LooFidConfig | None = LooFidConfig()
-    """The distribution reward; null leaves it out."""
-
-    @property
-    def active_scorers(self) -> "dict[str, ClipRewardConfig | PreferenceRewardConfig]":
-        """The scorers that were not removed."""
-        return {name: scorer for name, scorer in self.scorers.items() if scorer is not None}
-
-
-class AdvantageConfig(Section):
-    """From rewards to advantages."""
-
-    combine: Literal["normalize_then_sum", "sum_then_normalize"] = "normalize_then_sum"
-    """Normalise each reward and add the weighted advantages, or add the weighted rewards first."""
-    instance_scale: RewardScale = "running"
-    """What centred instance rewards are divided by: each group's or the batch's standard
-    deviation, a running scale over the first steps, or nothing."""
-    distribution_scale: RewardScale = "running"
-    """The same for the distribution reward."""
-    distribution_center: Literal["batch", "group"] = "batch"
-    """Centre the distribution reward over the whole batch or within each group."""
-    running_steps: PositiveInt = 20
-    """Steps over which the running scale averages before it is frozen."""
-    epsilon: Positive = 1e-6
-    """Added to a standard deviation before dividing."""
-    clip: Positive = 4.0
-    """Largest size of one reward's normalised advantage."""
 
 
 class GrpoConfig(Section):
@@ -366,7 +274,7 @@ class RunConfig(Section):
 
     def keys_with(self, value: str) -> list[str]:
         """Dotted keys of all fields that hold this value."""
-        return [key for key, found in _flatten(self.model_dump()) if found == value]
+        return [key for key, found in flatten(self.model_dump()) if found == value]
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """Return a copy with some dotted keys replaced, checked like any configuration."""
@@ -381,7 +289,7 @@ class RunConfig(Section):
 
     def flattened(self) -> dict[str, Any]:
         """Dotted keys and values of all fields."""
-        return dict(_flatten(self.model_dump(mode="json")))
+        return dict(flatten(self.model_dump(mode="json")))
 
     @property
     def max_reward_weight(self) -> float:
@@ -390,14 +298,6 @@ class RunConfig(Section):
         if self.reward.loo_fid is not None:
             weights.append(self.reward.loo_fid.weight)
         return max(weights, default=0.0)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _divisors(number: int) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from rlgen.config.base import EMBEDDED
 from rlgen.config.digits import DigitsConfig
-from rlgen.config.run import EMBEDDED, RunConfig
+from rlgen.config.run import RunConfig
 from rlgen.digits.data import DigitsData, load_digits_data
 from rlgen.digits.train_clip import train_clip
 from rlgen.digits.train_features import train_feature_net, train_judge

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlgen.config.run import AdvantageConfig
+from rlgen.config.reward import AdvantageConfig
 from rlgen.errors import NumericsError
 
 Scale = Literal["group_std", "batch_std", "running", "none"]
@@ -67,11 +67,7 @@ def normalize_rewards(
     Returns:
         [P, G] float64; a constant row (a constant batch, if centred there) gives exact zeros.
     """
-    dim = None if center == "batch" else 1
-    centered = rewards_PG - rewards_PG.mean(dim=dim, keepdim=True)
-    # A constant row can leave rounding in its mean, which a tiny divisor would blow up.
-    low, high = rewards_PG.amin(dim=dim, keepdim=True), rewards_PG.amax(dim=dim, keepdim=True)
-    centered = torch.where(low == high, 0.0, centered)
+    centered = _centered(rewards_PG, center)
     if scale == "none":
         return centered.clamp(-clip, clip)
     if scale == "group_std":
@@ -112,8 +108,7 @@ def combine_advantages(
     metrics: dict[str, float] = {}
     for name, reward in rewards.items():
         rewards_PG = reward.values_B.double().view(-1, group_size)
-        dim = None if reward.center == "batch" else 1
-        std = (rewards_PG - rewards_PG.mean(dim=dim, keepdim=True)).std(correction=0).item()
+        std = _centered(rewards_PG, reward.center).std(correction=0).item()
         before = running.get(name, RunningScale())
         scales[name] = before.updated(std, max_steps=config.running_steps)
         normalized = normalize_rewards(
@@ -131,6 +126,14 @@ def combine_advantages(
         metrics[f"advantage/{name}_constant_groups_frac"] = zero_groups
     total = torch.stack(advantages).sum(dim=0).flatten()
     return total.float(), scales, metrics
+
+
+def _centered(rewards_PG: Tensor, center: Literal["batch", "group"]) -> Tensor:
+    dims = (0, 1) if center == "batch" else (1,)
+    mean = rewards_PG.mean(dim=dims, keepdim=True)
+    # A constant row can leave rounding in its mean, which a tiny divisor would blow up.
+    is_constant = rewards_PG.amin(dim=dims, keepdim=True) == rewards_PG.amax(dim=dims, keepdim=True)
+    return torch.where(is_constant, 0.0, rewards_PG - mean)
 
 
 def _check_finite(name: str, values_B: Tensor, group_size: int) -> None:

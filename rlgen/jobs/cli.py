@@ -28,9 +28,7 @@ class Request:
     is_dry_run: bool
 
 
-def parse_request(
-    arguments: Sequence[str] | None, *, job: str, description: str
-) -> Request:
+def parse_request(arguments: Sequence[str] | None, *, job: str, description: str) -> Request:
     """Read the command line of a job that takes a run configuration.
 
     Raises:

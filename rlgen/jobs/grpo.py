@@ -49,8 +49,8 @@ def run(request: Request) -> int:
 def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     """The run itself, on roles that are placed but not started."""
     from rlgen.evaluation.evaluator import Evaluator
-    from rlgen.learner.batch import learner_batch, pooled
     from rlgen.jobs.checkpoints import restore_run, save_run
+    from rlgen.learner.batch import learner_batch, pooled
     from rlgen.sampling.units import training_units
 
     recorder.stage("starting the roles")

@@ -19,9 +19,7 @@ def pooled(scored: Sequence[ScoredRollout]) -> tuple[dict[str, np.ndarray], np.n
     return rewards, np.concatenate(features) if features else None
 
 
-def learner_batch(
-    step: int, scored: Sequence[ScoredRollout], rewards: StepRewards
-) -> LearnerBatch:
+def learner_batch(step: int, scored: Sequence[ScoredRollout], rewards: StepRewards) -> LearnerBatch:
     """The whole step for the learner group; ranks take contiguous shares of it."""
     rollouts = [item.rollout for item in scored]
     return LearnerBatch(

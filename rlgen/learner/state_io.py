@@ -58,4 +58,3 @@ def parse_state(payload: bytes, source: str) -> dict[str, Any]:
         return torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{source} holds no readable state ({error}).") from None
-

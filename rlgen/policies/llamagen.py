@@ -67,9 +67,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.width)
         self.ffn_norm = RMSNorm(config.width)
 
-    def forward(
-        self, x_BTD: Tensor, table: Tensor, cache: LayerCache | None, start: int
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, table: Tensor, cache: LayerCache | None, start: int) -> Tensor:
         """One layer; see RotaryAttention for the arguments."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), table, cache, start)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))

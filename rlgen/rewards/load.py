@@ -5,7 +5,7 @@ Owns the choice of the class by `type`.
 
 import torch
 
-from rlgen.config.run import ClipRewardConfig, PreferenceRewardConfig
+from rlgen.config.reward import ClipRewardConfig, PreferenceRewardConfig
 from rlgen.rewards.clip import load_clip_scorer
 from rlgen.rewards.hpsv2 import load_hps_scorer
 from rlgen.rewards.protocol import InstanceScorer

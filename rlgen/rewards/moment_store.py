@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlgen.config.run import LooFidConfig, RunConfig
+from rlgen.config.reward import LooFidConfig
+from rlgen.config.run import RunConfig
 from rlgen.errors import NumericsError, RewardError
 from rlgen.grpo.advantages import RunningScale, WeightedReward, combine_advantages
 from rlgen.moments.coordinates import ReferenceCoordinates, to_coordinates

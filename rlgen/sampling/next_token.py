@@ -49,7 +49,8 @@ def sample_tokens(
     logits = policy.prefill(conditions, cache)
     for position in range(policy.num_tokens):
         if settings.is_guided:
-            logits = guide(*logits.chunk(2), settings.cfg_scale)
+            conditional, unconditional = logits.chunk(2)
+            logits = guide(conditional, unconditional, settings.cfg_scale)
         logprobs_BV = processed_logprobs(logits, settings)
         drawn = _draw(logprobs_BV, noise_BL[:, position])
         tokens.append(drawn)

@@ -38,8 +38,9 @@ def score_tokens(
     check_guidance(policy, settings)
     run = policy.teacher_forced if forward is None else forward
     if settings.is_guided:
-        logits = run(with_null_half(policy, class_ids_B), tokens_BL.repeat(2, 1))
-        logits_BLV = guide(*logits.chunk(2), settings.cfg_scale)
+        both = run(with_null_half(policy, class_ids_B), tokens_BL.repeat(2, 1))
+        conditional, unconditional = both.chunk(2)
+        logits_BLV = guide(conditional, unconditional, settings.cfg_scale)
     else:
         logits_BLV = run(class_ids_B, tokens_BL)
     logprobs_BLV = processed_logprobs(logits_BLV, settings)
