@@ -99,7 +99,6 @@ class LearnerGroup:
                 num_workers=config.learner.num_workers,
                 use_gpu="GPU" in resources,
                 resources_per_worker=resources,
-                | ({"GPU": gpus} if gpus else {}),
             ),
             run_config=TrainRunConfig(
                 name=run_name,

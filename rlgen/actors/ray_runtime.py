@@ -17,9 +17,10 @@ from rlgen.actors.coordinator import Coordinator, LearnerCommand
 from rlgen.actors.learner_group import LearnerGroup
 from rlgen.actors.moment_store import MomentStoreActor
 from rlgen.actors.placement import check_capacity, connect
+from rlgen.actors.reward_worker import RewardWorker
+from rlgen.actors.rollout_worker import RolloutWorker
 from rlgen.actors.supervisor import Supervisor
 from rlgen.actors.weight_store import WeightStore
-from rlgen.actors.workers import RewardWorker, RolloutWorker
 from rlgen.config.run import RunConfig
 from rlgen.errors import RlgenError
 from rlgen.learner.checkpoint import Part

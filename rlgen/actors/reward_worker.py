@@ -1,0 +1,44 @@
+"""The reward actor: a thin shell that fetches rollouts, scores them, and hands the scores in.
+
+Consumes rollouts from the coordinator and waits there only. It holds no state.
+"""
+
+from typing import Any
+
+import ray
+import torch
+
+from rlgen.actors.coordinator import Stop
+from rlgen.actors.shell import actor_device, explained
+from rlgen.config.run import RunConfig
+from rlgen.errors import RewardError
+from rlgen.rewards.engine import RewardEngine
+
+
+class RewardWorker:
+    """Scores rollouts until the coordinator closes."""
+
+    def __init__(self, name: str, config: RunConfig, coordinator: Any) -> None:
+        torch.set_num_threads(config.reward.threads)
+        self._name = name
+        self._coordinator = coordinator
+        self._engine = RewardEngine.load(config, device=actor_device(config.reward.num_gpus))
+
+    def ready(self) -> str:
+        """Answer once the models are loaded."""
+        return self._name
+
+    def run(self) -> None:
+        """Work until told to stop."""
+        done = None
+        while not isinstance(
+            rollout := ray.get(self._coordinator.next_rollout.remote(self._name, done)), Stop
+        ):
+            done = None
+            if rollout is None:
+                continue
+            try:
+                done = self._engine.score(rollout)
+            except Exception as error:
+                ray.get(self._coordinator.fail.remote(explained(error, RewardError, self._name)))
+                return
