@@ -1,0 +1,146 @@
+"""Repeat the claim on the embedded default: several seeds, with and without the LOO-FID reward.
+
+Each run is the main job in a process of its own; the seed also makes another base policy. The
+verdicts are printed with the numbers they rest on and kept in claim.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rlgen.errors import ConfigError, RlgenError
+from rlgen.jobs.cli import run_job
+
+FULL, INSTANCE_ONLY = "full", "instance_only"
+_VARIANTS = {FULL: (), INSTANCE_ONLY: ("reward.loo_fid.weight=0",)}
+
+Summaries = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Per variant the summary.json of each seed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence of the claim, what was measured, and the bar."""
+
+    claim: str
+    value: float
+    bar: float
+    per_seed: list[float]
+    is_at_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the mean over the seeds clears the bar."""
+        return self.value >= self.bar if self.is_at_least else self.value <= self.bar
+
+
+def judge_claim(summaries: Summaries) -> list[Verdict]:
+    """Compare the means over the seeds with the bars."""
+    full, alone = summaries[FULL], summaries[INSTANCE_ONLY]
+
+    def verdict(claim: str, values: list[float], bar: float, *, at_least: bool = False) -> Verdict:
+        return Verdict(claim, mean(values), bar, values, at_least)
+
+    return [
+        verdict(
+            "base: share of unguided images that the judge recognises",
+            [s["before"]["accuracy"] for s in full],
+            0.55,
+            at_least=True,
+        ),
+        verdict(
+            "base: judge FID at its best guidance / without",
+            [s["before"]["judge_fid_best_cfg"] / s["before"]["judge_fid"] for s in full],
+            2 / 3,
+        ),
+        verdict(
+            "judge FID without guidance: after / base",
+            [s["after"]["judge_fid"] / s["before"]["judge_fid"] for s in full],
+            0.35,
+        ),
+        verdict(
+            "judge FID: after without guidance / base at its best guidance",
+            [s["after"]["judge_fid"] / s["before"]["judge_fid_best_cfg"] for s in full],
+            0.7,
+        ),
+        verdict(
+            "recall: after - base",
+            [s["after"]["recall"] - s["before"]["recall"] for s in full],
+            -0.02,
+            at_least=True,
+        ),
+        verdict(
+            "recall: full run - run without LOO-FID",
+            [
+                a["after"]["recall"] - b["after"]["recall"]
+                for a, b in zip(full, alone, strict=True)
+            ],
+            0.05,
+            at_least=True,
+        ),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run everything and print the verdicts; 1 if one does not hold."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlgen.jobs.claim", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated; default 0,1,2")
+    parser.add_argument("--output", type=Path, default=Path("runs/claim"))
+    parser.add_argument("settings", nargs="*", metavar="section.key=value")
+    request = parser.parse_args(arguments)
+    try:
+        seeds = [int(seed) for seed in request.seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {request.seeds} is no list like 0,1,2.") from None
+    summaries = {
+        variant: [
+            _run(seed, request.output / f"{variant}-seed{seed}", [*settings, *request.settings])
+            for seed in seeds
+        ]
+        for variant, settings in _VARIANTS.items()
+    }
+    verdicts = judge_claim(summaries)
+    _print(verdicts)
+    content = {"seeds": seeds, "verdicts": [vars(v) | {"holds": v.holds} for v in verdicts]}
+    (request.output / "claim.json").write_text(json.dumps(content, indent=2))
+    return 0 if all(verdict.holds for verdict in verdicts) else 1
+
+
+def _run(seed: int, output: Path, settings: Sequence[str]) -> dict[str, Any]:
+    """Run the main job, unless this folder has its result already."""
+    summary = output / "summary.json"
+    if not summary.exists():
+        command = [sys.executable, "-m", "rlgen.jobs.grpo", "--output", str(output)]
+        seeding = [f"seed={seed}", f"digits.policy_seed={seed}"]
+        done = subprocess.run([*command, *seeding, *settings], check=False)
+        if done.returncode:
+            raise RlgenError(f"the run in {output} ended with status {done.returncode}; see above.")
+    return json.loads(summary.read_text())
+
+
+def _print(verdicts: Sequence[Verdict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("claim", "mean", "bar", "per seed", "holds", title="The claim, over all seeds")
+    for verdict in verdicts:
+        table.add_row(
+            verdict.claim,
+            f"{verdict.value:.3f}",
+            f"{'>=' if verdict.is_at_least else '<='} {verdict.bar:.3f}",
+            " ".join(f"{value:.3f}" for value in verdict.per_seed),
+            "yes" if verdict.holds else "NO",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
