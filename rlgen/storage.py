@@ -12,10 +12,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 
-from rlgen.errors import StorageError
+from rlgen.errors import RlgenError, StorageError
 
 
 def is_url(location: str) -> bool:
@@ -36,17 +37,29 @@ def read_bytes(location: str) -> bytes:
     Raises:
         StorageError: it does not exist or cannot be read.
     """
+    with open_binary(location) as stream:
+        return stream.read()
+
+
+@contextmanager
+def open_binary(location: str) -> Iterator[BinaryIO]:
+    """Open a file for reading; seekable, so that a header can be read without the rest.
+
+    Raises:
+        StorageError: it does not exist or cannot be read, also later in the block.
+    """
+    shown = without_credentials(location)
     try:
         with fsspec.open(location, "rb") as stream:
-            return stream.read()
+            yield stream
+    except RlgenError:
+        raise
     except FileNotFoundError as error:
+        raise StorageError(f"{shown} does not exist; check the path or URL.") from error
+    except Exception as error:  # backends raise types of their own, such as botocore's
         raise StorageError(
-            f"{without_credentials(location)} does not exist; check the path or URL."
-        ) from error
-    except (OSError, ValueError, ImportError) as error:
-        raise StorageError(
-            f"{without_credentials(location)} can't be read ({type(error).__name__}: {error}); "
-            "check the path or URL and its permissions."
+            f"{shown} can't be read ({type(error).__name__}: {error}); check the path or URL, "
+            "its permissions and, for object stores, the credentials in the environment."
         ) from error
 
 
@@ -65,10 +78,33 @@ def write_bytes(location: str, payload: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as partial:
             partial.write_bytes(payload)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # backends raise types of their own, such as botocore's
         raise StorageError(
             f"{without_credentials(location)} can't be written ({type(error).__name__}: {error}); "
-            "check the path or URL, its permissions and the free space."
+            "check the path or URL, its permissions, the free space and, for object stores, the "
+            "credentials in the environment."
+        ) from error
+
+
+def check_writable(root: str) -> None:
+    """Write and delete a small file at a root that may not exist yet; leaves nothing behind.
+
+    Raises:
+        StorageError: one of the two is not possible.
+    """
+    place = root
+    if not is_url(root):
+        local = Path(root.removeprefix("file://")).absolute()
+        place = str(next(parent for parent in (local, *local.parents) if parent.exists()))
+    probe = join(place, f".probe-{uuid.uuid4().hex[:8]}")
+    write_bytes(probe, b"rlgen")
+    filesystem, path = fsspec.core.url_to_fs(probe)
+    try:
+        filesystem.rm(path)
+    except OSError as error:
+        raise StorageError(
+            f"{without_credentials(root)} takes files but does not let them be deleted ({error}); "
+            "old checkpoints could not be removed: grant the right to delete."
         ) from error
 
 

@@ -1,6 +1,45 @@
-"""Settings of every test process; its folder is where `import tiny` finds tiny.py."""
+"""Fixtures that several folders of tests share."""
 
-import torch
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
-# Several test processes share a few cores; threads would only wait for each other.
-torch.set_num_threads(1)
+import pytest
+
+# Small tensors gain nothing from threads, and results must not depend on the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TINY_DIGITS = [
+    "digits.tokenizer_steps=120",
+    "digits.feature_steps=60",
+    "digits.clip_steps=40",
+    "digits.preference_steps=20",
+    "digits.policy_steps=60",
+]
+"""An embedded default that is trained in seconds: real components, poor images."""
+
+TINY_RUN = [
+    *TINY_DIGITS,
+    "steps=3",
+    "rollout.conditions_per_step=20",
+    "rollout.group_size=4",
+    "rollout.conditions_per_unit=5",
+    "evaluation.num_images=200",
+    "evaluation.images_per_unit=100",
+    "evaluation.cfg_scales=[1.5]",
+    "reward.loo_fid.bootstrap_images=200",
+    "checkpoint.every_steps=2",
+]
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache of the embedded default for the whole session."""
+    folder = Path(os.environ.get("RLGEN_TEST_CACHE", tmp_path_factory.mktemp("cache")))
+    before = os.environ.get("RLGEN_CACHE")
+    os.environ["RLGEN_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["RLGEN_CACHE"]
+    else:
+        os.environ["RLGEN_CACHE"] = before

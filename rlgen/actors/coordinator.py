@@ -120,9 +120,9 @@ class Coordinator:
         """Where the work is, for messages."""
         return self._dispatcher.describe()
 
-    async def num_duplicates(self) -> int:
-        """Results ignored because their unit was answered before."""
-        return self._dispatcher.num_duplicates
+    async def duplicate_groups(self) -> int:
+        """Training groups dropped because their unit was answered before."""
+        return self._dispatcher.duplicate_groups
 
     async def _lease(self, worker: str, lease: Callable[[str], Any]) -> Any:
         found: list[Any] = []

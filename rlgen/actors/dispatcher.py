@@ -17,8 +17,8 @@ from rlgen.types import Rollout, ScoredRollout, WorkUnit
 class Dispatcher:
     """The state of all units that were submitted and not yet taken."""
 
-    num_duplicates: int = 0
-    """Results that came for units already answered, and were ignored."""
+    duplicate_groups: int = 0
+    """Training groups that came for units already answered, and were dropped."""
     _to_sample: deque[WorkUnit] = field(default_factory=deque)
     _to_score: deque[Rollout] = field(default_factory=deque)
     _sampling: dict[str, WorkUnit] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Dispatcher:
                 f"sampled with {rollout.policy_version}."
             )
         if self._is_answered(unit.unit_id) or self._is_past_sampling(unit.unit_id):
-            self.num_duplicates += 1
+            self._drop_duplicate(unit)
             return
         self._to_score.append(rollout)
 
@@ -69,11 +69,11 @@ class Dispatcher:
     def finish_scoring(self, worker: str, scored: ScoredRollout) -> None:
         """Take a scored rollout."""
         self._scoring.pop(worker, None)
-        unit_id = scored.rollout.unit.unit_id
-        if self._is_answered(unit_id):
-            self.num_duplicates += 1
+        unit = scored.rollout.unit
+        if self._is_answered(unit.unit_id):
+            self._drop_duplicate(unit)
             return
-        self._scored[unit_id] = scored
+        self._scored[unit.unit_id] = scored
 
     def release(self, worker: str) -> None:
         """Put what a lost worker held back at the head of its queue."""
@@ -99,6 +99,10 @@ class Dispatcher:
             f"wait for a reward worker, {len(self._scoring)} are scored "
             f"({', '.join(sorted(self._scoring)) or 'by no one'}), {len(self._scored)} are done"
         )
+
+    def _drop_duplicate(self, unit: WorkUnit) -> None:
+        if unit.purpose == "train":
+            self.duplicate_groups += len(unit.class_ids_P)
 
     def _is_answered(self, unit_id: str) -> bool:
         return unit_id in self._scored or unit_id not in self._open

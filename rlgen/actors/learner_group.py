@@ -6,7 +6,6 @@ alone (gloo on CPUs, NCCL on GPUs).
 """
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -80,11 +79,11 @@ class LearnerGroup:
         weights: Any,
         resume_from: str | None,
         run_name: str,
-        storage: Path,
+        storage: str,
     ) -> None:
         """Return at once; the ranks come up meanwhile."""
         self._coordinator = coordinator
-        resources: dict[str, float] = {"CPU": config.learner.threads}
+        resources: dict[str, float] = {"CPU": config.learner.num_cpus}
         if config.learner.num_gpus:
             resources["GPU"] = config.learner.num_gpus
         self._trainer = TorchTrainer(
@@ -102,7 +101,7 @@ class LearnerGroup:
             ),
             run_config=TrainRunConfig(
                 name=run_name,
-                storage_path=str(storage),
+                storage_path=storage,
                 failure_config=FailureConfig(max_failures=0),
             ),
         )

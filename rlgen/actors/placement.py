@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from rlgen.config.plan import role_resources
+from rlgen.config.plan import Role, role_resources
 from rlgen.config.run import RunConfig
 from rlgen.errors import PlacementError
 
@@ -38,11 +38,8 @@ def connect(config: RunConfig) -> str:
     if address is not None:
         context = ray.init(address=address, **options)
     else:
-        # On one machine the roles take turns, so more logical CPUs than cores are no lie.
-        needed = sum(count * cpus for _, count, cpus, _ in role_resources(config))
         context = ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, needed),
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=True,
             **options,
@@ -68,28 +65,26 @@ def check_capacity(config: RunConfig, *, timeout_s: float) -> None:
             )
             raise PlacementError(
                 f"the cluster has no room for {unmet}. Its nodes have: {have}. Add nodes, or "
-                "lower the num_workers, threads or num_gpus of a role."
+                "lower the num_workers, num_cpus or num_gpus of a role."
             )
         time.sleep(0.5)
 
 
-def first_unmet_role(
-    roles: Sequence[tuple[str, int, int, float]], nodes: Sequence[Mapping[str, float]]
-) -> str | None:
+def first_unmet_role(roles: Sequence[Role], nodes: Sequence[Mapping[str, float]]) -> str | None:
     """Name the first role that first-fit, largest first, finds no node for.
 
     Args:
-        roles: role, number of processes, CPUs and GPUs of each.
+        roles: what the run asks for.
         nodes: resources of each node.
     """
     free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
-    requests = [(gpus, cpus, role) for role, count, cpus, gpus in roles for _ in range(count)]
-    for gpus, cpus, role in sorted(requests, reverse=True):
-        fitting = [node for node in free if node[0] >= cpus and node[1] >= gpus]
+    requests = [role for role in roles for _ in range(role.count)]
+    for role in sorted(requests, key=lambda r: (r.num_gpus, r.num_cpus), reverse=True):
+        fitting = [node for node in free if node[0] >= role.num_cpus and node[1] >= role.num_gpus]
         if not fitting:
-            return f"a {role} process with {cpus} CPU and {gpus:g} GPU"
-        fitting[0][0] -= cpus
-        fitting[0][1] -= gpus
+            return f"a {role.name} process with {role.num_cpus:g} CPU and {role.num_gpus:g} GPU"
+        fitting[0][0] -= role.num_cpus
+        fitting[0][1] -= role.num_gpus
     return None
 
 

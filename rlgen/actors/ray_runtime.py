@@ -6,7 +6,6 @@ The driver waits at the coordinator, with a deadline on every wait.
 
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,14 +33,17 @@ _GOODBYE_S = 10.0
 class RayRuntime:
     """Places the roles and talks to them."""
 
-    def __init__(self, config: RunConfig, *, output: Path) -> None:
+    def __init__(self, config: RunConfig, *, storage: str) -> None:
         """Connect to Ray, or start it here; no actor yet.
 
+        Args:
+            config: the run.
+            storage: folder or URL, seen by every node, for Ray Train's own bookkeeping.
         Raises:
             PlacementError: the cluster has no room for a role.
         """
         self._config = config
-        self._output = output
+        self._storage = storage
         self._name = f"rlgen-{uuid.uuid4().hex[:8]}"
         self.dashboard_url = connect(config)
         self._supervisor: Supervisor | None = None
@@ -58,7 +60,7 @@ class RayRuntime:
         self._coordinator = _actor(Coordinator, cpus=0).remote()
         self._weights = _actor(WeightStore, cpus=0).remote(config.max_policy_lag + 2)
         self._store = _actor(
-            MomentStoreActor, cpus=config.reward.threads, name=f"{self._name}-moments"
+            MomentStoreActor, cpus=config.reward.num_cpus, name=f"{self._name}-moments"
         ).remote(config)
         self._supervisor = Supervisor(self._coordinator, max_restarts=config.cluster.max_restarts)
         self._supervisor.hire("rollout", config.rollout.num_workers, self._make_rollout_worker)
@@ -69,7 +71,7 @@ class RayRuntime:
             weights=self._weights,
             resume_from=resume_from,
             run_name=self._name,
-            storage=self._output / "ray_train",
+            storage=self._storage,
         )
         self._get(self._store.ready.remote(), "the moment store", config.cluster.start_timeout_s)
         self._supervisor.await_ready(config.cluster.start_timeout_s)
@@ -125,6 +127,11 @@ class RayRuntime:
         counted = {} if self._supervisor is None else dict(self._supervisor.restarts)
         return counted | {"moment_store": 0, "learner": 0}
 
+    def dropped_groups(self) -> dict[str, int]:
+        """See Runtime."""
+        dropped = self._get(self._coordinator.duplicate_groups.remote(), "the coordinator")
+        return {"duplicate": dropped} if dropped else {}
+
     def close(self) -> None:
         """Send everyone home and disconnect."""
         if not ray.is_initialized():
@@ -138,13 +145,13 @@ class RayRuntime:
 
     def _make_rollout_worker(self, name: str) -> Any:
         rollout = self._config.rollout
-        return _actor(RolloutWorker, cpus=rollout.threads, gpus=rollout.num_gpus).remote(
+        return _actor(RolloutWorker, cpus=rollout.num_cpus, gpus=rollout.num_gpus).remote(
             name, self._config, self._coordinator, self._weights
         )
 
     def _make_reward_worker(self, name: str) -> Any:
         reward = self._config.reward
-        return _actor(RewardWorker, cpus=reward.threads, gpus=reward.num_gpus).remote(
+        return _actor(RewardWorker, cpus=reward.num_cpus, gpus=reward.num_gpus).remote(
             name, self._config, self._coordinator
         )
 
@@ -175,6 +182,6 @@ class RayRuntime:
             ) from None
 
 
-def _actor(shell: type, *, cpus: int, gpus: float = 0.0, name: str | None = None) -> Any:
+def _actor(shell: type, *, cpus: float, gpus: float = 0.0, name: str | None = None) -> Any:
     """A plain class as an actor class with its resources."""
     return ray.remote(shell).options(num_cpus=cpus, num_gpus=gpus, name=name)

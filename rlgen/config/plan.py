@@ -3,6 +3,7 @@
 Owns the plan that `--dry-run` prints and the checks that need no model. Must not import torch.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlgen.config.base import EMBEDDED
@@ -77,12 +78,16 @@ def describe_plan(config: RunConfig) -> str:
         f"{config.evaluation.every_steps} steps; before and after also with guidance {scales}",
     ]
     if config.runtime == "ray":
+        roles = role_resources(config)
         lines += ["", "Actors"]
-        for role, count, threads, gpus in role_resources(config):
-            lines.append(f"  {count} x {role:<13} {threads} CPU  {gpus:g} GPU each")
-        cpus = sum(count * threads for _, count, threads, _ in role_resources(config))
-        all_gpus = sum(count * gpus for _, count, _, gpus in role_resources(config))
-        lines.append(f"  together {cpus} CPU, {all_gpus:g} GPU (a local Ray shares its cores)")
+        lines += [
+            f"  {role.count} x {role.name:<13} {role.threads} thread(s), {role.num_cpus:g} CPU and "
+            f"{role.num_gpus:g} GPU set aside for each"
+            for role in roles
+        ]
+        cpus = sum(role.count * role.num_cpus for role in roles)
+        gpus = sum(role.count * role.num_gpus for role in roles)
+        lines.append(f"  together {cpus:g} CPU, {gpus:g} GPU")
     files = named_files(config)
     lines += ["", "Inputs"]
     lines += [f"  {key}: {value}" for key, value in files.items()]
@@ -91,12 +96,23 @@ def describe_plan(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def role_resources(config: RunConfig) -> list[tuple[str, int, int, float]]:
-    """Role, number of processes, CPUs and GPUs of each."""
+@dataclass(frozen=True)
+class Role:
+    """Processes of one kind and what each of them gets."""
+
+    name: str
+    count: int
+    threads: int
+    num_cpus: float
+    num_gpus: float
+
+
+def role_resources(config: RunConfig) -> list[Role]:
+    """What a run asks of the cluster."""
     rollout, reward, learner = config.rollout, config.reward, config.learner
     return [
-        ("rollout", rollout.num_workers, rollout.threads, rollout.num_gpus),
-        ("reward", reward.num_workers, reward.threads, reward.num_gpus),
-        ("moment store", 1, reward.threads, 0.0),
-        ("learner", learner.num_workers, learner.threads, learner.num_gpus),
+        Role("rollout", rollout.num_workers, rollout.threads, rollout.num_cpus, rollout.num_gpus),
+        Role("reward", reward.num_workers, reward.threads, reward.num_cpus, reward.num_gpus),
+        Role("moment store", 1, reward.threads, reward.num_cpus, 0.0),
+        Role("learner", learner.num_workers, learner.threads, learner.num_cpus, learner.num_gpus),
     ]

@@ -17,7 +17,7 @@ class ClipRewardConfig(Section):
 
     type: Literal["clip"] = "clip"
     """Which scorer this is."""
-    weight: NonNegative = 0.25
+    weight: NonNegative = 0.05
     """Weight of its advantages."""
     checkpoint: str = EMBEDDED
     """Folder (open_clip's local-dir layout) of the model."""
@@ -30,7 +30,7 @@ class PreferenceRewardConfig(Section):
 
     type: Literal["hpsv2"] = "hpsv2"
     """Which scorer this is."""
-    weight: NonNegative = 0.25
+    weight: NonNegative = 0.05
     """Weight of its advantages."""
     checkpoint: str = EMBEDDED
     """Folder (open_clip's local-dir layout) of the model."""
@@ -69,6 +69,8 @@ class RewardConfig(Section):
     """Reward actors."""
     threads: PositiveInt = 1
     """CPU threads of each reward actor, and of the moment store."""
+    num_cpus: NonNegative = 0.25
+    """CPUs that Ray sets aside for each reward actor, and for the moment store."""
     num_gpus: NonNegative = 0.0
     """GPUs (or a share of one) for each reward actor."""
     scorers: dict[str, ScorerConfig | None] = Field(default_factory=_default_scorers)

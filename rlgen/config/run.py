@@ -40,6 +40,8 @@ class RolloutConfig(Section):
     """Rollout actors."""
     threads: PositiveInt = 1
     """CPU threads of each rollout actor."""
+    num_cpus: NonNegative = 0.25
+    """CPUs that Ray sets aside for each rollout actor; roles that take turns may share one."""
     num_gpus: NonNegative = 0.0
     """GPUs (or a share of one) for each rollout actor."""
     conditions_per_step: PositiveInt = 60
@@ -117,6 +119,8 @@ class LearnerConfig(Section):
     """Learner ranks; the loss does not depend on it."""
     threads: PositiveInt = 1
     """CPU threads of each rank."""
+    num_cpus: NonNegative = 0.25
+    """CPUs that Ray sets aside for each rank."""
     num_gpus: NonNegative = 0.0
     """GPUs for each rank."""
     micro_batch_size: PositiveInt = 480
@@ -265,6 +269,13 @@ class RunConfig(Section):
                 f"rollout.conditions_per_step = {conditions} groups of {self.rollout.group_size} "
                 f"images can't be split over learner.num_workers = {ranks} ranks; use "
                 f"{_divisors(conditions)} ranks"
+            )
+        in_grid = len(self.class_names) * self.evaluation.grid_images_per_class
+        if self.evaluation.num_images < in_grid:
+            raise ValueError(
+                f"evaluation.num_images = {self.evaluation.num_images} can't fill the grid of "
+                f"{len(self.class_names)} classes x evaluation.grid_images_per_class = "
+                f"{self.evaluation.grid_images_per_class}; use at least {in_grid}"
             )
         if not self.reward.active_scorers and self.reward.loo_fid is None:
             raise ValueError("there is no reward: set reward.scorers or reward.loo_fid")

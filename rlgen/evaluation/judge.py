@@ -8,6 +8,7 @@ Shapes: B images, F features, R real images.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from statistics import median
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ class Quality:
     rewards: dict[str, float]
     """Mean of each instance reward."""
     images_per_s: float
-    """Images sampled per second and rollout worker, tokens only."""
+    """Images sampled per second by one rollout worker, tokens only: median over the units."""
 
     def as_metrics(self) -> dict[str, float]:
         """Flat metric names for the tracker."""
@@ -125,7 +126,9 @@ def measure_quality(
             name: float(np.concatenate([item.rewards[name] for item in scored]).mean())
             for name in names
         },
-        images_per_s=len(features) / sum(item.rollout.sampling_s for item in scored),
+        images_per_s=median(
+            len(item.rollout.tokens_BL) / item.rollout.sampling_s for item in scored
+        ),
     )
 
 

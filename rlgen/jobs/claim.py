@@ -77,10 +77,7 @@ def judge_claim(summaries: Summaries) -> list[Verdict]:
         ),
         verdict(
             "recall: full run - run without LOO-FID",
-            [
-                a["after"]["recall"] - b["after"]["recall"]
-                for a, b in zip(full, alone, strict=True)
-            ],
+            [a["after"]["recall"] - b["after"]["recall"] for a, b in zip(full, alone, strict=True)],
             0.05,
             at_least=True,
         ),
@@ -95,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated; default 0,1,2")
     parser.add_argument("--output", type=Path, default=Path("runs/claim"))
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
-    request = parser.parse_args(arguments)
+    request = parser.parse_intermixed_args(arguments)
     try:
         seeds = [int(seed) for seed in request.seeds.split(",")]
     except ValueError:

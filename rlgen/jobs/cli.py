@@ -46,7 +46,7 @@ def parse_request(arguments: Sequence[str] | None, *, job: str, description: str
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
-    known = parser.parse_args(arguments)
+    known = parser.parse_intermixed_args(arguments)
     return Request(load_config(known.config, known.settings), known.output, known.dry_run)
 
 

@@ -104,6 +104,7 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
         evaluator.sweep(config.steps),
         policy_sha256=runtime.policy_sha256(),
         restarts=runtime.restarts(),
+        dropped_groups=runtime.dropped_groups(),
     )
 
 

@@ -3,14 +3,13 @@
 Everything that can be wrong with a request is found here, before any process takes a GPU.
 """
 
-from pathlib import Path
-
 from rlgen.config.plan import uses_embedded
 from rlgen.config.run import RunConfig
 from rlgen.digits.assets import ensure_assets, resolve_embedded
 from rlgen.jobs.recorder import Recorder
-from rlgen.learner.preflight import check_inputs
+from rlgen.learner.preflight import check_inputs, check_named_files
 from rlgen.learner.runtime import LocalRuntime, Runtime
+from rlgen.storage import check_writable, join
 from rlgen.tracking import check_tracking_uri
 
 
@@ -24,6 +23,8 @@ def prepare_inputs(config: RunConfig, recorder: Recorder) -> RunConfig:
     """
     if config.tracking.uri is not None:
         check_tracking_uri(config.tracking.uri)
+    check_writable(recorder.checkpoint_root)
+    check_named_files(config)
     if uses_embedded(config):
         assets = ensure_assets(
             config.digits,
@@ -44,7 +45,7 @@ def make_runtime(config: RunConfig, recorder: Recorder) -> Runtime:
     from rlgen.actors.ray_runtime import RayRuntime
 
     recorder.stage("starting Ray")
-    runtime = RayRuntime(config, output=Path(recorder.folder).resolve())
+    runtime = RayRuntime(config, storage=join(recorder.checkpoint_root, "ray_train"))
     if runtime.dashboard_url:
         recorder.note(f"Ray dashboard: http://{runtime.dashboard_url}")
     return runtime

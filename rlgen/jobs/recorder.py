@@ -23,7 +23,7 @@ from rlgen.evaluation.judge import Quality
 from rlgen.jobs.console import RunProgress, summary_table
 from rlgen.jobs.memory import PeakMemory
 from rlgen.jobs.report import build_report
-from rlgen.storage import atomic_path
+from rlgen.storage import atomic_path, write_bytes
 from rlgen.tracking import Tracker, ui_command
 from rlgen.types import ScoredRollout, StepRewards
 
@@ -34,7 +34,7 @@ class Recorder:
     """The run's folder and its observers, as a context."""
 
     def __init__(self, config: RunConfig, *, output: Path | None) -> None:
-        """Choose the folder; nothing is written before the inputs were checked.
+        """Choose the folder; no file stays in it before the inputs were checked.
 
         Raises:
             ConfigError: the folder holds another run.
@@ -47,7 +47,7 @@ class Recorder:
                 "it by checkpoint.resume_from."
             )
         self.config = config
-        self.checkpoint_root = config.checkpoint.uri or str(self.folder / "checkpoints")
+        self.checkpoint_root = config.checkpoint.uri or str((self.folder / "checkpoints").resolve())
         self._tracker: Tracker | None = None
         self._memory = PeakMemory()
         self._progress = RunProgress(config.steps)
@@ -78,8 +78,7 @@ class Recorder:
     def open(self, config: RunConfig) -> None:
         """Make the folder and start MLflow, now that the inputs are good."""
         self.config = config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(dump_yaml(config))
+        write_bytes(str(self.folder / "config.yaml"), dump_yaml(config).encode())
         self._tracker = Tracker(
             self._tracking_uri(),
             experiment=config.tracking.experiment,
@@ -161,10 +160,17 @@ class Recorder:
         self._groups = state["groups"]
 
     def finish(
-        self, trained: tuple[Sweep, np.ndarray], *, policy_sha256: str, restarts: dict[str, int]
+        self,
+        trained: tuple[Sweep, np.ndarray],
+        *,
+        policy_sha256: str,
+        restarts: dict[str, int],
+        dropped_groups: dict[str, int],
     ) -> None:
         """Take in the last evaluation; write the summary, the report and the table."""
         sweep, images = trained
+        self._groups["generated"] += sum(dropped_groups.values())
+        self._groups["dropped"] = dropped_groups
         self.log_evaluation(self.config.steps, sweep.by_scale[1.0], images)
         self._sweeps["after"] = sweep.fids()
         summary = {

@@ -79,7 +79,9 @@ def read_part(uri: str, name: str) -> bytes:
 def prune_checkpoints(root: str, *, keep: int) -> None:
     """Delete all but the newest `keep` committed checkpoints; the marker goes first."""
     filesystem, path = fsspec.core.url_to_fs(root)
-    committed = sorted(filesystem.glob(f"{path.rstrip('/')}/step-*/{MARKER}"))
+    markers = filesystem.glob(f"{path.rstrip('/')}/step-*/{MARKER}")
+    # Shorter names first, because step-100000 is newer than step-99999.
+    committed = sorted(markers, key=lambda marker: (len(marker), marker))
     for marker in committed[:-keep]:
         filesystem.rm(marker)
         filesystem.rm(marker.rpartition("/")[0], recursive=True)

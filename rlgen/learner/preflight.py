@@ -3,19 +3,44 @@
 Owns the questions whether the files that a configuration names fit each other.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from rlgen.config.load import config_sha256
+from rlgen.config.plan import named_files
 from rlgen.config.run import RunConfig
 from rlgen.errors import CheckpointError, ConfigError
 from rlgen.evaluation.judge import load_real_features
 from rlgen.features.extractor import load_extractor
 from rlgen.learner.checkpoint import read_meta
-from rlgen.moments.reference import check_reference, load_reference
+from rlgen.moments.reference import ReferenceMoments, check_reference, load_reference
 from rlgen.policies.load import load_policy
 from rlgen.rewards.open_clip_model import read_open_clip_config
 from rlgen.storage import local_copy
 from rlgen.tokenizers.conv_vq import load_conv_vq
+
+
+def check_named_files(config: RunConfig) -> None:
+    """Open what the user named, before time is spent on training the embedded default.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another kind.
+        ConfigError: reference statistics can't be read.
+    """
+    device = torch.device("cpu")
+    readers: dict[str, Callable[[str], Any]] = {
+        "policy.checkpoint": lambda location: load_policy(location, device=device),
+        "tokenizer.checkpoint": load_conv_vq,
+        "reward.loo_fid.extractor": load_extractor,
+        "reward.loo_fid.reference": _read_reference,
+        "evaluation.judge": load_extractor,
+        "evaluation.judge_reference": load_real_features,
+        "checkpoint.resume_from": read_meta,
+    }
+    for key, location in named_files(config).items():
+        readers.get(key, read_open_clip_config)(location)
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -54,14 +79,17 @@ def _check_moments(config: RunConfig, device: torch.device) -> None:
     if loo_fid is None:
         return
     extractor = load_extractor(loo_fid.extractor, device)
-    with local_copy(loo_fid.reference) as path:
-        reference = load_reference(path)
     check_reference(
-        reference,
+        _read_reference(loo_fid.reference),
         feature_space=extractor.feature_space,
         num_features=extractor.num_features,
         path=f"reward.loo_fid.reference = {loo_fid.reference}",
     )
+
+
+def _read_reference(location: str) -> ReferenceMoments:
+    with local_copy(location) as path:
+        return load_reference(path)
 
 
 def _check_judge(config: RunConfig, device: torch.device) -> None:

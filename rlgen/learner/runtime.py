@@ -61,6 +61,9 @@ class Runtime(Protocol):
     def restarts(self) -> dict[str, int]:
         """Processes replaced so far, by role."""
 
+    def dropped_groups(self) -> dict[str, int]:
+        """Training groups that were generated and not trained on, by reason."""
+
     def close(self) -> None:
         """Let go of everything; safe to call twice."""
 
@@ -144,6 +147,10 @@ class LocalRuntime:
 
     def restarts(self) -> dict[str, int]:
         """Nothing restarts in one process."""
+        return {}
+
+    def dropped_groups(self) -> dict[str, int]:
+        """Nothing is dropped in one process."""
         return {}
 
     def close(self) -> None:

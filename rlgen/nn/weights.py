@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-import fsspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rlgen.errors import CheckpointError, StorageError
-from rlgen.storage import local_copy, without_credentials, write_bytes
+from rlgen.storage import local_copy, open_binary, without_credentials, write_bytes
 
 ConfigT = TypeVar("ConfigT")
 
@@ -136,20 +135,13 @@ def read_header(location: str) -> dict[str, Any]:
             "rlgen.nn.weights.save_weights('x.safetensors', state, kind=..., config=...)."
         )
     try:
-        with fsspec.open(location, "rb") as stream:
+        with open_binary(location) as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES
             payload = stream.read(length) if length < _MAX_HEADER_BYTES else b""
             num_bytes = stream.seek(0, 2)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{shown} does not exist; check the path, or run the job that makes it."
-        ) from error
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(
-            f"{shown} can't be read ({type(error).__name__}: {error}); "
-            "check the path or URL and its permissions."
-        ) from error
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
     if not payload.startswith(b"{"):
         raise CheckpointError(
             f"{shown} is not a safetensors file (it begins with {prefix!r}); "

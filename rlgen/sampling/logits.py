@@ -39,7 +39,9 @@ def processed_logprobs(logits: Tensor, settings: SamplingSettings) -> Tensor:
 
 def entropy(logprobs: Tensor) -> Tensor:
     """Entropy in nats over the last dimension; codes cut off contribute nothing."""
-    return -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(dim=-1)
+    # Zero, not a huge number: a gradient larger than 1 times that would be infinite, and NaN.
+    finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)
+    return -(logprobs.exp() * finite).sum(dim=-1)
 
 
 def _beyond_top_p(logits: Tensor, top_p: float) -> Tensor:

@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
@@ -42,7 +41,7 @@ def measure(*, block_steps: int, rounds: int) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         runtimes: dict[str, Runtime] = {
             "local": LocalRuntime(config),
-            "ray": RayRuntime(config, output=Path(folder)),
+            "ray": RayRuntime(config, storage=folder),
         }
         times: dict[str, list[float]] = {name: [] for name in runtimes}
         try:

@@ -48,9 +48,7 @@ def test_processing_equals_plain_loops(temperature, top_k, top_p) -> None:
     logits = torch.randn(3, 2, 11, generator=torch.Generator().manual_seed(1)) * 2
     settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p)
     found = processed_logprobs(logits, settings)
-    expected = torch.tensor(
-        [[by_loops(row, settings) for row in rows] for rows in logits.tolist()]
-    )
+    expected = torch.tensor([[by_loops(row, settings) for row in rows] for rows in logits.tolist()])
     # Probabilities of order 1 computed in float32, whose rounding is 6e-8.
     torch.testing.assert_close(found.exp(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(found == -INF, expected == 0), "the codes cut off are others"
@@ -97,9 +95,7 @@ def test_low_precision_logits_are_processed_in_float32() -> None:
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(3)).bfloat16()
     found = processed_logprobs(logits, SamplingSettings(temperature=0.7))
     assert found.dtype == torch.float32
-    assert torch.equal(
-        found, processed_logprobs(logits.float(), SamplingSettings(temperature=0.7))
-    )
+    assert torch.equal(found, processed_logprobs(logits.float(), SamplingSettings(temperature=0.7)))
 
 
 def test_entropy_ignores_codes_that_are_cut_off() -> None:

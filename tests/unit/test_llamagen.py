@@ -1,0 +1,142 @@
+"""LlamaGen's architecture: sizes and names of the public weights, causality, weight files."""
+
+import json
+
+import pytest
+import torch
+
+from rlgen.errors import CheckpointError, ConfigError
+from rlgen.nn.weights import save_weights, state_sha256
+from rlgen.policies.llamagen import LlamaGen, LlamaGenConfig
+from rlgen.policies.load import LLAMAGEN, load_policy, save_policy
+from tests.tiny import CPU, tiny_policy
+
+PUBLISHED = {
+    "B": (12, 12, 768, 2048, 110_888_448),
+    "L": (24, 16, 1024, 2816, 342_910_976),
+    "XL": (36, 20, 1280, 3584, 774_699_520),
+    "XXL": (48, 24, 1536, 4096, 1_410_972_672),
+    "3B": (24, 32, 3200, 8704, 3_096_659_200),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes_have_the_published_parameter_counts(size) -> None:
+    num_layers, num_heads, width, ffn_width, num_parameters = PUBLISHED[size]
+    config = LlamaGenConfig(num_layers, num_heads, width, grid_size=16)
+    assert config.ffn_width == ffn_width
+    with torch.device("meta"):
+        policy = LlamaGen(config)
+    assert sum(p.numel() for p in policy.parameters()) == num_parameters
+    assert policy.num_tokens == 256 and policy.null_class == 1000
+
+
+def test_tensors_have_the_public_names_and_shapes() -> None:
+    config = LlamaGenConfig(2, 2, 16, grid_size=3, codebook_size=17, num_classes=4)
+    expected = {
+        "cls_embedding.embedding_table.weight": [5, 16],
+        "tok_embeddings.weight": [17, 16],
+        "norm.weight": [16],
+        "output.weight": [17, 16],
+    }
+    for i in range(2):
+        expected |= {
+            f"layers.{i}.attention.wqkv.weight": [48, 16],
+            f"layers.{i}.attention.wo.weight": [16, 16],
+            f"layers.{i}.feed_forward.w1.weight": [256, 16],
+            f"layers.{i}.feed_forward.w2.weight": [16, 256],
+            f"layers.{i}.feed_forward.w3.weight": [256, 16],
+            f"layers.{i}.attention_norm.weight": [16],
+            f"layers.{i}.ffn_norm.weight": [16],
+        }
+    found = {name: list(tensor.shape) for name, tensor in LlamaGen(config).state_dict().items()}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "multiple", "expected"),
+    [(96, 256, 256), (100, 256, 512), (16, 16, 48), (48, 128, 128), (52, 128, 256)],
+)
+def test_ffn_width_is_eight_thirds_rounded_up(width, multiple, expected) -> None:
+    config = LlamaGenConfig(1, 1, width, grid_size=2, ffn_multiple_of=multiple)
+    assert config.ffn_width == expected
+
+
+@pytest.mark.parametrize(("width", "heads"), [(30, 4), (24, 4), (16, 8)])
+def test_head_widths_that_rotary_pairs_do_not_divide_are_refused(width, heads) -> None:
+    with pytest.raises(ConfigError, match=f"width = {width} over num_heads = {heads}.*divisible"):
+        LlamaGenConfig(1, heads, width, grid_size=2)
+
+
+@torch.no_grad()
+def test_a_code_changes_the_logits_after_it_and_none_before() -> None:
+    policy = tiny_policy()
+    length, codes = policy.num_tokens, policy.codebook_size
+    generator = torch.Generator().manual_seed(0)
+    tokens_BL = torch.randint(codes, (2, length), generator=generator)
+    class_ids_B = torch.tensor([1, 3])
+    logits = policy.teacher_forced(class_ids_B, tokens_BL)
+    for position in range(length):
+        changed = tokens_BL.clone()
+        changed[:, position] = (changed[:, position] + 1) % codes
+        difference = (policy.teacher_forced(class_ids_B, changed) - logits).abs().amax(dim=(0, 2))
+        # Masked positions add exact zeros, so these are equal to the last bit.
+        assert not difference[: position + 1].any(), position
+        assert (difference[position + 1 :] > 1e-4).all(), position
+
+
+@torch.no_grad()
+def test_the_class_reaches_every_position() -> None:
+    policy = tiny_policy()
+    tokens_BL = torch.zeros(2, policy.num_tokens, dtype=torch.int64)
+    a, b = policy.teacher_forced(torch.tensor([0, policy.null_class]), tokens_BL)
+    assert ((a - b).abs().amax(dim=1) > 1e-4).all()
+
+
+@torch.no_grad()
+def test_train_and_eval_mode_are_the_same_function() -> None:
+    policy = tiny_policy()
+    tokens_BL = torch.zeros(3, policy.num_tokens, dtype=torch.int64)
+    class_ids_B = torch.tensor([0, 1, 2])
+    in_eval = policy.eval()(class_ids_B, tokens_BL)
+    assert torch.equal(policy.train()(class_ids_B, tokens_BL), in_eval)
+
+
+@pytest.mark.parametrize("where", ["file", "url"])
+def test_a_saved_policy_comes_back(tmp_path, where) -> None:
+    policy = tiny_policy(seed=2)
+    location = {
+        "file": str(tmp_path / "policy.safetensors"),
+        "url": "memory://test-llamagen/policy.safetensors",
+    }[where]
+    save_policy(location, policy)
+    loaded = load_policy(location, device=CPU)
+    assert loaded.config == policy.config
+    assert state_sha256(loaded.state_dict()) == state_sha256(policy.state_dict())
+    tokens_BL = torch.zeros(2, policy.num_tokens, dtype=torch.int64)
+    class_ids_B = torch.tensor([0, 4])
+    assert torch.equal(loaded(class_ids_B, tokens_BL), policy(class_ids_B, tokens_BL))
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path) -> None:
+    location = str(tmp_path / "tokenizer.safetensors")
+    save_weights(location, tiny_policy(), kind="conv_vq", config={})
+    with pytest.raises(CheckpointError, match=r"tokenizer.*'conv_vq'.*'llamagen' is needed"):
+        load_policy(location, device=CPU)
+
+
+def test_a_config_of_another_version_is_refused(tmp_path) -> None:
+    location = str(tmp_path / "policy.safetensors")
+    fields = json.loads('{"num_layers": 2, "num_heads": 2, "width": 16, "depth": 7}')
+    save_weights(location, tiny_policy(), kind=LLAMAGEN, config=fields)
+    with pytest.raises(CheckpointError, match=r"policy\.safetensors.*can't build.*depth"):
+        load_policy(location, device=CPU)
+
+
+def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path) -> None:
+    location = str(tmp_path / "policy.safetensors")
+    policy = tiny_policy()
+    fields = vars(policy.config) | {"num_layers": 3}
+    save_weights(location, policy, kind=LLAMAGEN, config=fields)
+    with pytest.raises(CheckpointError, match=r"7 missing \(layers\.2\.attention"):
+        load_policy(location, device=CPU)

@@ -1,0 +1,268 @@
+"""The moment store: idempotent commits in order, failures that change nothing, exact resume.
+
+Shapes: P conditions, G group, B = P*G images, F features.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlgen.config import RunConfig
+from rlgen.errors import NumericsError, RewardError
+from rlgen.learner.state_io import dump_state, parse_state
+from rlgen.moments.coordinates import to_coordinates
+from rlgen.moments.ema import EmaState
+from rlgen.moments.leave_one_out import leave_one_out
+from rlgen.moments.moments import batch_moments
+from rlgen.moments.reference import ReferenceMoments, load_reference, save_reference
+from rlgen.rewards.moment_store import MomentStore
+from rlgen.types import StepRewards
+from tests.tiny import tiny_config
+
+NUM_FEATURES = 5
+NUM_IMAGES = 12  # 4 conditions of 3 samples, as tiny_config says
+
+
+def draw(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, NUM_FEATURES)).astype(np.float32)
+
+
+def step_rewards(seed: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng([seed, 1])
+    return {
+        name: generator.normal(size=NUM_IMAGES).astype(np.float32)
+        for name in ("clip", "preference")
+    }
+
+
+@pytest.fixture
+def reference(tmp_path) -> str:
+    moments = batch_moments(torch.from_numpy(draw(300, seed=99)))
+    path = str(tmp_path / "reference.npz")
+    save_reference(path, ReferenceMoments("toy:5", 300, moments.mean_F, moments.cov_FF))
+    return path
+
+
+def config_of(reference: str, **values: Any) -> RunConfig:
+    weights = {
+        "reward__scorers__clip__weight": 0.5,
+        "reward__scorers__preference__weight": 0.25,
+        "reward__loo_fid__reference": reference,
+    }
+    return tiny_config(**(weights | values))
+
+
+def started(config: RunConfig) -> MomentStore:
+    store = MomentStore(config)
+    store.bootstrap(draw(50, seed=1) + 0.5)
+    return store
+
+
+def commit(store: MomentStore, step: int) -> StepRewards:
+    return store.commit(step, step_rewards(step), draw(NUM_IMAGES, seed=10 + step))
+
+
+def state_bytes(store: MomentStore) -> bytes:
+    return dump_state(store.state_dict())
+
+
+def assert_same_answer(a: StepRewards, b: StepRewards) -> None:
+    assert a.step == b.step and a.metrics == b.metrics
+    assert np.array_equal(a.advantages_B, b.advantages_B)
+    assert a.rewards.keys() == b.rewards.keys()
+    for name, values in a.rewards.items():
+        assert np.array_equal(values, b.rewards[name]), name
+
+
+def test_a_commit_repeated_changes_nothing_and_answers_the_same(reference) -> None:
+    store = started(config_of(reference))
+    commit(store, 0)
+    first = commit(store, 1)
+    state = state_bytes(store)
+    assert_same_answer(commit(store, 1), first)
+    assert state_bytes(store) == state
+    never_repeated = started(config_of(reference))
+    for step in range(2):
+        commit(never_repeated, step)
+    assert_same_answer(commit(store, 2), commit(never_repeated, 2))
+
+
+def test_every_commit_moves_the_state(reference) -> None:
+    store = started(config_of(reference))
+    states = [state_bytes(store)]
+    for step in range(3):
+        commit(store, step)
+        states.append(state_bytes(store))
+    assert len(set(states)) == 4
+
+
+@pytest.mark.parametrize("what", ["reward", "feature"])
+def test_other_content_for_the_same_step_is_refused(reference, what) -> None:
+    store = started(config_of(reference))
+    commit(store, 0)
+    state = state_bytes(store)
+    rewards, features = step_rewards(0), draw(NUM_IMAGES, seed=10)
+    if what == "reward":
+        rewards["clip"][3] += 1e-6
+    else:
+        features[3, 2] += 1e-6
+    with pytest.raises(RewardError, match=r"step 0 was committed before with other scores"):
+        store.commit(0, rewards, features)
+    assert state_bytes(store) == state
+
+
+@pytest.mark.parametrize("step", [0, 1, 4])
+def test_a_step_out_of_order_is_refused(reference, step) -> None:
+    store = started(config_of(reference))
+    for done in range(3):
+        commit(store, done)
+    state = state_bytes(store)
+    with pytest.raises(RewardError, match=f"step {step} was committed but step 3 is next.*rewind"):
+        commit(store, step)
+    assert state_bytes(store) == state
+    commit(store, 3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_feature_that_is_not_finite_is_named_and_nothing_changes(reference, bad) -> None:
+    store = started(config_of(reference))
+    commit(store, 0)
+    state = state_bytes(store)
+    features = draw(NUM_IMAGES, seed=11)
+    features[7, 2] = bad
+    with pytest.raises(NumericsError, match=r"condition 2, sample 1 are not finite \(1 of 12"):
+        store.commit(1, step_rewards(1), features)
+    assert state_bytes(store) == state
+    fresh = started(config_of(reference))
+    commit(fresh, 0)
+    assert_same_answer(commit(store, 1), commit(fresh, 1))
+
+
+def test_a_reward_that_is_not_finite_is_named_and_nothing_changes(reference) -> None:
+    store = started(config_of(reference))
+    commit(store, 0)
+    state = state_bytes(store)
+    rewards = step_rewards(1)
+    rewards["preference"][5] = math.nan
+    with pytest.raises(NumericsError, match=r"reward preference is nan for condition 1, sample 2"):
+        store.commit(1, rewards, draw(NUM_IMAGES, seed=11))
+    assert state_bytes(store) == state
+    commit(store, 1)
+
+
+def test_state_travels_and_the_next_commit_is_bitwise_the_same(reference) -> None:
+    config = config_of(reference, advantage__running_steps=3)
+    store = started(config)
+    for step in range(2):
+        commit(store, step)
+    restored = MomentStore(config)
+    restored.load_state_dict(parse_state(state_bytes(store), "here"))
+    for step in (2, 3):
+        assert_same_answer(commit(store, step), commit(restored, step))
+    assert state_bytes(store) == state_bytes(restored)
+
+
+def test_rewinding_forgets_what_came_after(reference) -> None:
+    store = started(config_of(reference))
+    commit(store, 0)
+    state = store.state_dict()
+    first = commit(store, 1)
+    other = store.commit(2, step_rewards(7), draw(NUM_IMAGES, seed=7))
+    store.load_state_dict(state)
+    assert_same_answer(commit(store, 1), first)
+    assert not np.array_equal(commit(store, 2).advantages_B, other.advantages_B)
+
+
+def test_advantages_are_the_weighted_sum_of_what_each_reward_gives(reference) -> None:
+    found = commit(started(config_of(reference)), 0)
+    parts = []
+    for name, weight in (("clip", 0.5), ("preference", 0.25), ("loo_fid", 1.0)):
+        weights = {
+            "reward__scorers__clip__weight": 0.0,
+            "reward__scorers__preference__weight": 0.0,
+            "reward__loo_fid__weight": 0.0,
+        }
+        key = "reward__loo_fid__weight" if name == "loo_fid" else f"reward__scorers__{name}__weight"
+        alone = commit(started(config_of(reference, **(weights | {key: weight}))), 0)
+        assert alone.advantages_B.any()
+        parts.append(alone.advantages_B)
+    # Three float32 numbers of order 1.
+    np.testing.assert_allclose(found.advantages_B, sum(parts), rtol=0, atol=1e-6)
+
+
+def test_the_distribution_reward_is_the_leave_one_out_of_the_pooled_batch(reference) -> None:
+    store = started(config_of(reference, reward__loo_fid__decay=0.3))
+    found = commit(store, 0)
+    coordinates = to_coordinates(load_reference(reference))
+    state = EmaState.bootstrap(torch.from_numpy(draw(50, seed=1) + np.float32(0.5)), coordinates)
+    expected = leave_one_out(
+        state, torch.from_numpy(draw(NUM_IMAGES, seed=10)), coordinates, decay=0.3
+    )
+    np.testing.assert_array_equal(found.rewards["loo_fid"], expected.rewards_B.float().numpy())
+    assert found.metrics["moments/ema_fid"] == expected.fid
+    assert found.metrics["moments/n_eff"] == expected.n_eff
+    # 12 images, old weight 0.3 of 50: 1 / (0.7^2 / 12 + 0.3^2 / 50)
+    assert expected.n_eff == pytest.approx(1 / (0.49 / 12 + 0.09 / 50))
+    assert found.rewards.keys() == {"clip", "preference", "loo_fid"}
+    np.testing.assert_array_equal(found.rewards["clip"], step_rewards(0)["clip"])
+
+
+@pytest.mark.parametrize("center", ["batch", "group"])
+def test_influences_sum_to_zero_over_what_they_are_centred_on(reference, center) -> None:
+    store = started(
+        config_of(
+            reference,
+            reward__scorers__clip__weight=0.0,
+            reward__scorers__preference__weight=0.0,
+            advantage__distribution_center=center,
+            advantage__clip=1e9,
+        )
+    )
+    advantages_PG = commit(store, 0).advantages_B.reshape(4, 3).astype(np.float64)
+    assert abs(advantages_PG).max() > 0.1
+    # Float32 values of order 1.
+    assert abs(advantages_PG.sum()) < 1e-5
+    group_sums = abs(advantages_PG.sum(axis=1)).max()
+    assert group_sums < 1e-5 if center == "group" else group_sums > 1e-2
+
+
+def test_weight_zero_still_tracks_the_moments(reference) -> None:
+    weighted = started(config_of(reference))
+    unweighted = started(config_of(reference, reward__loo_fid__weight=0.0))
+    for step in range(2):
+        a, b = commit(weighted, step), commit(unweighted, step)
+        assert a.metrics["moments/ema_fid"] == b.metrics["moments/ema_fid"]
+        np.testing.assert_array_equal(a.rewards["loo_fid"], b.rewards["loo_fid"])
+        assert not np.array_equal(a.advantages_B, b.advantages_B)
+
+
+def test_scorers_of_weight_zero_give_no_advantage(reference) -> None:
+    config = config_of(reference, reward__scorers__clip__weight=0.0)
+    rewards = step_rewards(0)
+    features = draw(NUM_IMAGES, seed=10)
+    first = started(config).commit(0, rewards, features)
+    rewards["clip"] = rewards["clip"][::-1].copy()
+    second = started(config).commit(0, rewards, features)
+    np.testing.assert_array_equal(first.advantages_B, second.advantages_B)
+
+
+def test_a_run_without_a_distribution_reward_needs_no_features() -> None:
+    store = MomentStore(tiny_config(reward__loo_fid=None))
+    found = store.commit(0, step_rewards(0), None)
+    assert found.rewards.keys() == {"clip", "preference"}
+    assert found.advantages_B.any()
+    restored = MomentStore(tiny_config(reward__loo_fid=None))
+    restored.load_state_dict(parse_state(state_bytes(store), "here"))
+    assert_same_answer(
+        restored.commit(1, step_rewards(1), None), store.commit(1, step_rewards(1), None)
+    )
+
+
+def test_missing_features_and_an_empty_store_are_named(reference) -> None:
+    with pytest.raises(RewardError, match="bootstrap the store first"):
+        commit(MomentStore(config_of(reference)), 0)
+    with pytest.raises(RewardError, match="the step has no features"):
+        started(config_of(reference)).commit(0, step_rewards(0), None)
