@@ -55,7 +55,7 @@ class RayRuntime:
             raise
 
     def start(self, *, resume_from: str | None) -> None:
-        """See Runtime; learners come up while the samplers already work."""
+        """See Runtime; all roles come up side by side."""
         config = self._config
         self._coordinator = _actor(Coordinator, cpus=0).remote()
         self._weights = _actor(WeightStore, cpus=0).remote(config.max_policy_lag + 2)
@@ -75,6 +75,8 @@ class RayRuntime:
         )
         self._get(self._store.ready.remote(), "the moment store", config.cluster.start_timeout_s)
         self._supervisor.await_ready(config.cluster.start_timeout_s)
+        # The first answer shows that the learners are up and have published their weights.
+        self._command(LearnerCommand("digest"), config.cluster.start_timeout_s)
 
     def submit(self, units: Sequence[WorkUnit]) -> None:
         """See Runtime."""
@@ -155,10 +157,10 @@ class RayRuntime:
             name, self._config, self._coordinator
         )
 
-    def _command(self, command: LearnerCommand) -> Any:
+    def _command(self, command: LearnerCommand, timeout_s: float | None = None) -> Any:
         number = self._get(self._coordinator.send.remote(command), "the coordinator")
         answer = self._coordinator.wait_answer.remote(number, self._config.learner.num_workers)
-        return self._get(answer, f"the learners ({command.kind})")
+        return self._get(answer, f"the learners ({command.kind})", timeout_s)
 
     def _get(self, reference: Any, awaited: str, timeout_s: float | None = None) -> Any:
         """Wait with a deadline; errors come out as what they are."""

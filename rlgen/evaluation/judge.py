@@ -5,6 +5,8 @@ Owns the metrics of an evaluation. Must not know who sampled the images.
 Shapes: B images, F features, R real images.
 """
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -56,11 +58,14 @@ def load_real_features(location: str) -> RealFeatures:
     """
     payload = read_bytes(location)
     try:
-        with np.load(BytesIO(payload), allow_pickle=False) as archive:
+        loaded = np.load(BytesIO(payload), allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one plain array")
+        with loaded as archive:
             space = str(archive["feature_space"])
             features = torch.from_numpy(archive["features"])
             neighbors = torch.from_numpy(archive["neighbors"])
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
             f"evaluation.judge_reference = {location} is no file of real features "
             f"({type(error).__name__}: {error}); make it with the pretrain job."

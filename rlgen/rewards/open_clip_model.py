@@ -126,9 +126,12 @@ class CosineScorer:
         new = [prompt for prompt in rows if prompt not in self._text_cache]
         if new:
             device = next(self.model.parameters()).device
-            tokens = self.tokenizer(new).to(device)
-            features = F.normalize(self.model.encode_text(tokens).float(), dim=-1)
-            self._text_cache.update(zip(new, features, strict=True))
+            tokens_PT = self.tokenizer(new).to(device)
+            # One by one: a batch would round differently with each set of prompts, and scores
+            # must not depend on which unit a worker happened to see first.
+            for prompt, tokens_T in zip(new, tokens_PT, strict=True):
+                features = self.model.encode_text(tokens_T[None]).float()
+                self._text_cache[prompt] = F.normalize(features, dim=-1)[0]
         distinct = torch.stack([self._text_cache[prompt] for prompt in rows])
         return distinct[[rows[prompt] for prompt in prompts]]
 

@@ -107,9 +107,7 @@ def test_the_gate_stops_a_run_whose_sampler_and_learner_differ(change) -> None:
     with pytest.raises(NumericsError) as caught:
         learner.update(batch)
     message = str(caught.value)
-    assert re.search(
-        "reaches nan" if math.isnan(change) else r"reaches (0\.001|0\.00099)", message
-    )
+    assert re.search("reaches nan" if math.isnan(change) else r"reaches (0\.001|0\.00099)", message)
     assert "allowed: 0.0001" in message
     for hint in ("digests", "dtype", "cfg_scale", "temperature", "top_k", "top_p", "dropout"):
         assert hint in message
