@@ -23,6 +23,7 @@ from rlgen.evaluation.judge import Quality
 from rlgen.jobs.console import RunProgress, summary_table
 from rlgen.jobs.memory import PeakMemory
 from rlgen.jobs.report import build_report
+from rlgen.learner.checkpoint import read_meta
 from rlgen.storage import atomic_path, write_bytes
 from rlgen.tracking import Tracker, ui_command
 from rlgen.types import ScoredRollout, StepRewards
@@ -55,7 +56,6 @@ class Recorder:
         self._before: dict[str, Any] = {}
         self._sweeps: dict[str, dict[str, float]] = {}
         self._groups: dict[str, Any] = {"generated": 0, "trained": 0, "dropped": {}}
-        self._run_id: str | None = None
 
     def __enter__(self) -> Self:
         self._memory.__enter__()
@@ -79,12 +79,13 @@ class Recorder:
         """Make the folder and start MLflow, now that the inputs are good."""
         self.config = config
         write_bytes(str(self.folder / "config.yaml"), dump_yaml(config).encode())
+        resumed = config.checkpoint.resume_from
         self._tracker = Tracker(
             self._tracking_uri(),
             experiment=config.tracking.experiment,
             run_name=self.folder.name,
             spool_dir=self.folder,
-            run_id=self._run_id,
+            run_id=None if resumed is None else read_meta(resumed)["mlflow_run_id"],
         )
         self._tracker.log_params(config.model_dump(mode="json"))
         self._tracker.log_artifact(self.folder / "config.yaml")
@@ -154,10 +155,15 @@ class Recorder:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what state gave."""
+        """Go on from what state gave; rows of steps that will be done again go."""
         self._before = state["before"]
         self._sweeps = state["sweeps"]
         self._groups = state["groups"]
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            rows = metrics.read_text().splitlines(keepends=True)
+            kept = [row for row in rows if json.loads(row)["step"] <= state["step"]]
+            metrics.write_text("".join(kept))
 
     def finish(
         self,

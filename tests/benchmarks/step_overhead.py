@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from statistics import median
 from tempfile import TemporaryDirectory
 
@@ -34,9 +35,9 @@ def one_step(config: RunConfig, runtime: Runtime, step: int) -> float:
     return time.perf_counter() - started
 
 
-def measure(*, block_steps: int, rounds: int) -> dict[str, float]:
+def measure(*, block_steps: int, rounds: int, settings: Sequence[str] = ()) -> dict[str, float]:
     """Median step seconds of both runtimes, and their ratio."""
-    config = load_config(None, ["rollout.num_workers=1", "reward.num_workers=1"])
+    config = load_config(None, ["rollout.num_workers=1", "reward.num_workers=1", *settings])
     config = resolve_embedded(config, ensure_assets(config.digits, lambda *_: None))
     with TemporaryDirectory() as folder:
         runtimes: dict[str, Runtime] = {

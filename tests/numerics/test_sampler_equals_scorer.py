@@ -136,12 +136,15 @@ def test_a_unit_sampled_twice_is_bitwise_the_same() -> None:
     sampler = sampler_of(tiny_policy())
     unit = unit_of([1, 2, 0], group_size=5, settings=SamplingSettings(cfg_scale=1.5))
     first = sampler.sample(unit)
-    sampler.sample(replace(unit, step=9))
+    others = [
+        sampler.sample(replace(unit, **change))
+        for change in ({"step": 9}, {"seed": 12}, {"purpose": "bootstrap"})
+    ]
     again = sampler.sample(unit)
     assert np.array_equal(first.tokens_BL, again.tokens_BL)
     assert np.array_equal(first.rollout_logprobs_BL, again.rollout_logprobs_BL)
-    other = sampler.sample(replace(unit, seed=12))
-    assert not np.array_equal(first.tokens_BL, other.tokens_BL)
+    for other in others:
+        assert not np.array_equal(first.tokens_BL, other.tokens_BL), other.unit
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])

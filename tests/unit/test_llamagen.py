@@ -68,6 +68,62 @@ def test_head_widths_that_rotary_pairs_do_not_divide_are_refused(width, heads) -
         LlamaGenConfig(1, heads, width, grid_size=2)
 
 
+def by_hand(policy: LlamaGen, class_id: int, codes: list[int]) -> torch.Tensor:
+    """Logits [L, V] of one image in float64, position by position, head by head."""
+    state = {name: tensor.double() for name, tensor in policy.state_dict().items()}
+    config = policy.config
+    head_width = config.width // config.num_heads
+
+    def normed(x_TD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * x_TD / (x_TD.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+
+    def turned(x_K: torch.Tensor, position: int) -> torch.Tensor:
+        if position == 0:  # the condition: zero, as in the public code
+            return torch.zeros_like(x_K)
+        row, column = divmod(position - 1, config.grid_size)
+        quarter = head_width // 4
+        steps = 10000.0 ** (-torch.arange(quarter).double() / quarter)
+        angles = torch.cat([row * steps, column * steps])
+        pairs = torch.view_as_complex(x_K.view(-1, 2).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten()
+
+    inputs = [state["cls_embedding.embedding_table.weight"][class_id]]
+    inputs += [state["tok_embeddings.weight"][code] for code in codes[:-1]]
+    x_TD = torch.stack(inputs)
+    for i in range(config.num_layers):
+        layer = {k.removeprefix(f"layers.{i}."): v for k, v in state.items()}
+        qkv = normed(x_TD, layer["attention_norm.weight"]) @ layer["attention.wqkv.weight"].T
+        mixed = torch.zeros_like(x_TD)
+        for head in range(config.num_heads):
+            part = slice(head * head_width, (head + 1) * head_width)
+            query, key, value = (block[:, part] for block in qkv.split(config.width, dim=1))
+            for t in range(len(x_TD)):
+                scores = torch.stack(
+                    [turned(query[t], t) @ turned(key[s], s) for s in range(t + 1)]
+                )
+                weights = (scores / head_width**0.5).softmax(dim=0)
+                mixed[t, part] = weights @ value[: t + 1]
+        x_TD = x_TD + mixed @ layer["attention.wo.weight"].T
+        h_TD = normed(x_TD, layer["ffn_norm.weight"])
+        gate = h_TD @ layer["feed_forward.w1.weight"].T
+        gate = gate / (1 + (-gate).exp())
+        up = h_TD @ layer["feed_forward.w3.weight"].T
+        x_TD = x_TD + (gate * up) @ layer["feed_forward.w2.weight"].T
+    return normed(x_TD, state["norm.weight"]) @ state["output.weight"].T
+
+
+@torch.no_grad()
+def test_the_network_is_the_formula_written_out() -> None:
+    policy = tiny_policy(seed=4)
+    for name, parameter in policy.named_parameters():
+        if "norm" in name:  # ones would hide a norm that isn't applied
+            parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    codes = [3, 16, 0, 7, 7, 1, 12, 5, 9]
+    found = policy.teacher_forced(torch.tensor([2]), torch.tensor([codes]))[0]
+    # Logits of order 1 to 5 through two float32 layers.
+    torch.testing.assert_close(found.double(), by_hand(policy, 2, codes), rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_a_code_changes_the_logits_after_it_and_none_before() -> None:
     policy = tiny_policy()
