@@ -1,40 +1,46 @@
 """Experiment tracking in MLflow, off the hot path.
 
-Owns the spool, the tracking thread and the only import of MLflow in rlgen. Must not know what
-is trained. A call writes one line to the spool in the run folder and returns; one daemon thread
-does everything that talks to MLflow, so a slow, refusing or absent server costs a step nothing.
-The spool is the truth: it remembers what was sent, and `python -m rlgen.tracking RUN_DIR URI`
-sends the rest later.
+Owns the tracker and the only import of MLflow in rlgen. Must not know what is trained. A call
+writes one line to the spool and returns; the spool's thread does everything that talks to MLflow,
+so a slow, refusing or absent server costs a step nothing. `python -m rlgen.tracking RUN_DIR URI`
+sends later what a run could not send.
 """
 
 import argparse
-import json
 import logging
 import os
 import re
 import shlex
 import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlgen.errors import ConfigError, RlgenError
-from rlgen.storage import without_credentials
+from rlgen.spool import (
+    SPOOL_NAME,
+    Record,
+    Spool,
+    Status,
+    flatten_params,
+    last_status,
+    read_spool,
+    redacted,
+    without_password,
+)
 
-SPOOL_NAME = "mlflow_spool.jsonl"
 NO_TRACKING = "none"
-FLUSH_INTERVAL_S = 2.0
-MAX_BACKOFF_S = 60.0
 FILE_ATTEMPTS = 3
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
-SECRET_NAME = re.compile(r"(?i)passw|secret|credential|(api|access|private)_?key|(^|_)token$")
-
-Record = dict[str, Any]
-Status = Literal["FINISHED", "FAILED"]
+# Retries are the spool's business, and telemetry would call a foreign host.
+MLFLOW_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 def check_tracking_uri(uri: str) -> None:
@@ -45,7 +51,7 @@ def check_tracking_uri(uri: str) -> None:
     """
     if uri == NO_TRACKING or re.match(r"https?://[^/]", uri):
         return
-    shown = _without_password(uri)
+    shown = without_password(uri)
     if uri.startswith("sqlite:///") and uri[10:] not in ("", "/", ":memory:"):
         if Path(uri[10:]).is_dir():
             raise ConfigError(f"tracking.uri = {shown} is a folder; name a file in it.")
@@ -68,35 +74,17 @@ def ui_command(uri: str) -> str:
         return ""
     if uri.startswith("sqlite:"):
         return f"mlflow ui --backend-store-uri {shlex.quote(_absolute(uri))} --port 5000"
-    return f"python -m webbrowser {shlex.quote(without_credentials(uri))}"
+    return f"python -m webbrowser {shlex.quote(without_password(uri))}"
 
 
 def tracked_run(run_dir: Path) -> tuple[str, str] | None:
     """Return (tracking URI without credentials, run id) of a run folder, if it has been tracked."""
-    for record in reversed(list(_read_spool(run_dir / SPOOL_NAME))):
-        if record["kind"] == "run":
-            return record["uri"], record["run_id"]
-    return None
-
-
-def flatten_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested settings to dotted names, secrets and URI credentials removed."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            flat |= flatten_params(value, f"{path}.")
-        elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
-            flat |= flatten_params({str(i): item for i, item in enumerate(value)}, f"{path}.")
-        elif isinstance(value, (list, tuple)):
-            flat[path] = json.dumps([_redacted(name, item) for item in value])
-        else:
-            flat[path] = str(_redacted(name, value))
-    return flat
+    runs = [(r["uri"], r["run_id"]) for r in read_spool(run_dir) if r["kind"] == "run"]
+    return runs[-1] if runs else None
 
 
 class Tracker:
-    """Sends params, metrics, images and files of one run to MLflow from its own thread.
+    """Sends params, metrics, images and files of one run to MLflow.
 
     No method raises for, or waits on, MLflow. Points of a metric count once per step: on resuming
     a run, what an earlier attempt logged is not logged again. With the URI `none` every method
@@ -123,37 +111,19 @@ class Tracker:
         """
         check_tracking_uri(uri)
         self._uri = _absolute(uri) if uri.startswith("sqlite:") else uri
-        self._shown_uri = _without_password(self._uri)
-        self._spool_path = spool_dir / SPOOL_NAME
         self._names = (experiment, run_name)
         self._run_id = run_id
-        self._run_id_known = threading.Event()
-        self._closing = threading.Event()
-        self._abandoned = threading.Event()
-        self._warnings: dict[str, str] = {}
-        self._outage = ""
-        self._lock = threading.Lock()
-        self._queue: deque[Record] = deque()
-        self._thread: threading.Thread | None = None
         self._run: _MlflowRun | None = None
-        if uri == NO_TRACKING:
+        self._run_id_known = threading.Event()
+        self._is_on = uri != NO_TRACKING
+        if not self._is_on:
             return
-        spool_dir.mkdir(parents=True, exist_ok=True)
-        earlier = list(_read_spool(self._spool_path))
-        self._queue.extend(_unsent(earlier))
-        for record in earlier:
-            if record["kind"] == "run" and record["uri"] == self._shown_uri and run_id is None:
-                self._run_id = record["run_id"]
-        self._spool = self._spool_path.open("a", encoding="utf-8", buffering=1)
-        if earlier:
-            self._spool.write("\n")  # a killed process may have left half a line
-        # Retries are this thread's business, and telemetry would call a foreign host.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
-        self._thread.start()
+        self._spool = Spool(spool_dir, self._uri, self._send)
+        if run_id is None:
+            self._run_id = self._spool.run_id
+        for name, value in MLFLOW_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        self._spool.start()
 
     @property
     def run_id(self) -> str | None:
@@ -163,11 +133,19 @@ class Tracker:
     @property
     def warnings(self) -> list[str]:
         """What the user should be told, one line per problem."""
-        return list(self._warnings.values())
+        if not self._is_on:
+            return []
+        refusals = [] if self._run is None else self._run.refusals
+        refused = [
+            f"MLflow at {self._spool.shown_uri} refused {len(refusals)} times; the first: {first}. "
+            f"What it refused stays in {self._spool.path}."
+            for first in refusals[:1]
+        ]
+        return self._spool.warnings + refused
 
     def wait_for_run_id(self, timeout_s: float) -> str | None:
         """Wait until MLflow has opened the run, or the time is over."""
-        if self._thread is not None:
+        if self._is_on:
             self._run_id_known.wait(timeout_s)
         return self._run_id
 
@@ -177,7 +155,7 @@ class Tracker:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; a later value replaces an earlier one."""
-        self._put("tags", values={name: str(_redacted(name, v)) for name, v in tags.items()})
+        self._put("tags", values={name: str(redacted(name, v)) for name, v in tags.items()})
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the numbers of one step."""
@@ -193,96 +171,36 @@ class Tracker:
 
     def close(self, status: Status = "FINISHED", *, timeout_s: float = 30.0) -> None:
         """Send what is left and end the run; give up with one warning after `timeout_s`."""
-        if self._thread is None or self._closing.is_set():
-            return
-        self._put("end", status=status)
-        self._closing.set()
-        self._thread.join(timeout_s)
-        if not self._thread.is_alive():
-            self._spool.close()
-        else:
-            self._abandoned.set()
-            self._warnings["outage"] = (
-                f"MLflow at {self._shown_uri} didn't take every record within {timeout_s:.0f} s "
-                f"({self._outage or 'it is too slow'}). All are in {self._spool_path}; send the "
-                f"rest with `python -m rlgen.tracking {shlex.quote(str(self._spool_path.parent))} "
-                f"{shlex.quote(self._shown_uri)}`."
-            )
+        if self._is_on and not self._spool.is_closed:
+            self._spool.put("end", status=status)
+            self._spool.close(timeout_s)
 
     def _put(self, kind: str, **fields: Any) -> None:
-        if self._thread is None:
-            return
-        assert not self._closing.is_set(), f"{kind} logged after the tracker was closed"
-        record: Record = {"kind": kind, "time_ms": int(time.time() * 1000), **fields}
-        with self._lock:
-            self._write(record)
-            self._queue.append(record)
+        if self._is_on:
+            self._spool.put(kind, **fields)
 
-    def _write(self, record: Record) -> None:
-        try:
-            self._spool.write(json.dumps(record) + "\n")
-        except OSError as error:
-            self._warnings["spool"] = f"{self._spool_path} can't be written ({error}); free space."
-
-    def _work(self) -> None:
-        delay_s = 0.0
-        while not self._abandoned.is_set():
-            self._closing.wait(delay_s)
-            try:
-                self._send()
-            except Exception as error:
-                # The thread's boundary: whatever MLflow raises must not reach training.
-                self._note_outage(error)
-                delay_s = min(max(1.0, 2 * delay_s), MAX_BACKOFF_S)
-                if self._closing.is_set():
-                    self._abandoned.wait(1.0)
-                continue
-            self._warnings.pop("outage", None)
-            delay_s = FLUSH_INTERVAL_S
-            if self._closing.is_set() and not self._queue:
-                return
-
-    def _send(self) -> None:
-        """Send all that is queued; a record leaves the queue when MLflow has it."""
+    def _send(self, batch: list[Record]) -> None:
+        """Send a batch, from the spool's thread; the first call opens the run."""
         run = self._run = self._run or self._open_run()
-        with self._lock:
-            batch = list(self._queue)
         if not batch:
             return
         run.log_values([record for record in batch if "values" in record])
         run.ping()
         for record in batch:
-            if "path" in record and not self._abandoned.is_set():
+            if "path" in record:
+                if self._spool.is_abandoned:
+                    raise TimeoutError("closed with files unsent")  # the batch stays unsent
                 run.log_file(record)
         ends = [record["status"] for record in batch if record["kind"] == "end"]
         if ends:
             run.end(ends[-1])
-        if run.refusals:
-            self._warnings["refused"] = (
-                f"MLflow at {self._shown_uri} refused {len(run.refusals)} times; the first: "
-                f"{run.refusals[0]}. What it refused stays in {self._spool_path}."
-            )
-        with self._lock:
-            for _ in batch:
-                self._queue.popleft()
-            self._write({"kind": "sent", "count": len(batch)})
 
     def _open_run(self) -> "_MlflowRun":
         run = _MlflowRun(self._uri, *self._names, run_id=self._run_id)
         self._run_id = run.run_id
         self._run_id_known.set()
-        with self._lock:
-            self._write({"kind": "run", "uri": self._shown_uri, "run_id": run.run_id})
+        self._spool.put_run(run.run_id)
         return run
-
-    def _note_outage(self, error: Exception) -> None:
-        first_line = (str(error).splitlines() or [""])[0].replace(self._uri, self._shown_uri)
-        self._outage = f"{type(error).__name__}: {first_line[:400]}"
-        if not self._abandoned.is_set():
-            self._warnings["outage"] = (
-                f"MLflow at {self._shown_uri} doesn't take records ({self._outage}); the run goes "
-                f"on, and they wait in {self._spool_path}."
-            )
 
 
 class _MlflowRun:
@@ -300,24 +218,35 @@ class _MlflowRun:
             folder.mkdir(parents=True, exist_ok=True)
             artifacts = str(folder / "mlartifacts")
         self._client = MlflowClient(tracking_uri=uri)
-        if run_id is None:
+        run = None if run_id is None else self._reopened(run_id)
+        self._is_resumed = run is not None
+        if run is None:
             found = self._client.get_experiment_by_name(experiment)
             experiment_id = (
                 found.experiment_id
                 if found is not None
                 else self._client.create_experiment(experiment, artifact_location=artifacts)
             )
-            run = self._client.create_run(experiment_id, run_name=run_name)
-        else:
-            self._client.update_run(run_id, status="RUNNING")
-            run = self._client.get_run(run_id)
+            tags = None if run_id is None else {"rlgen.resumed_from": run_id}
+            run = self._client.create_run(experiment_id, run_name=run_name, tags=tags)
         self.run_id: str = run.info.run_id
         self.refusals: list[str] = []
         self._params: dict[str, str] = dict(run.data.params)
         self._last_steps: dict[str, int] = {}
-        self._image_steps = self._logged_image_steps() if run_id is not None else set()
-        self._is_resumed = run_id is not None
+        self._image_steps = self._logged_image_steps() if self._is_resumed else set()
         self._failures: dict[str, int] = {}
+
+    def _reopened(self, run_id: str) -> Any:
+        """Return the run, or None if this store has no such run: it was tracked elsewhere."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.update_run(run_id, status="RUNNING")
+            return self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
 
     def log_values(self, records: list[Record]) -> None:
         """Send params, tags and metrics in as few calls as MLflow's limits allow."""
@@ -421,45 +350,8 @@ class _MlflowRun:
         return {int(match[1]) for match in found if match}
 
 
-def _read_spool(path: Path) -> Iterator[Record]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that a killed process did not finish
-
-
-def _unsent(records: list[Record]) -> deque[Record]:
-    waiting: deque[Record] = deque()
-    for record in records:
-        if record["kind"] == "sent":
-            for _ in range(min(record["count"], len(waiting))):
-                waiting.popleft()
-        elif record["kind"] != "run":
-            waiting.append(record)
-    return waiting
-
-
-def _last_status(path: Path) -> Status:
-    ends = [record["status"] for record in _read_spool(path) if record["kind"] == "end"]
-    return ends[-1] if ends else "FAILED"
-
-
 def _absolute(uri: str) -> str:
     return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-
-
-def _without_password(uri: str) -> str:
-    # without_credentials rebuilds the URL, which would take slashes from sqlite:///.
-    return without_credentials(uri) if re.match(r"[a-z0-9+]+://[^/?]*@|https?:.*\?", uri) else uri
-
-
-def _redacted(name: str, value: Any) -> Any:
-    if value is not None and SECRET_NAME.search(name):
-        return "***"
-    return _without_password(value) if isinstance(value, str) else value
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -481,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
             run_name=options.run_dir.name,
             spool_dir=options.run_dir,
         )
-        tracker.close(_last_status(options.run_dir / SPOOL_NAME), timeout_s=600.0)
+        tracker.close(last_status(options.run_dir), timeout_s=600.0)
     except RlgenError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -489,7 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     if tracker.warnings:
         return 1
-    print(f"run {tracker.run_id} at {_without_password(options.uri)} is complete.")
+    print(f"run {tracker.run_id} at {without_password(options.uri)} is complete.")
     return 0
 
 

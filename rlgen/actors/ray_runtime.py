@@ -22,8 +22,8 @@ from rlgen.actors.supervisor import Supervisor
 from rlgen.actors.weight_store import WeightStore
 from rlgen.config.run import RunConfig
 from rlgen.errors import RlgenError
+from rlgen.learner.batch import split_batch
 from rlgen.learner.checkpoint import Part
-from rlgen.learner.runtime import split_batch
 from rlgen.types import LearnerBatch, ScoredRollout, StepRewards, WorkUnit
 
 _PLACEMENT_TIMEOUT_S = 30.0

@@ -1,54 +1,29 @@
 """The report of a run: one self-contained HTML file, made from the run folder.
 
-Owns what the page says and the look of its curves; the layout is in report_template.html. Must not
-need anything but the folder: it works during a run, after a crash, and on another machine.
+Owns what the page says; report_charts.py draws its charts, report_template.html has the layout.
+Must not need anything but the folder: it works during a run, after a crash, on another machine.
 """
 
 import argparse
 import base64
 import io
 import json
-import math
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from rlgen.errors import ConfigError, RlgenError
 from rlgen.jobs.console import fail, summary_rows
+from rlgen.jobs.report_charts import Series, curve_charts, sweep_chart
 from rlgen.storage import write_bytes
 from rlgen.tracking import tracked_run, ui_command
 
-if TYPE_CHECKING:  # matplotlib takes a second to import; --help must not
-    from matplotlib.axes import Axes
-
-Series = dict[str, list[tuple[int, float]]]
-
-INK, MUTED, LINE, ACCENT, SECOND = "#1f2328", "#6b7280", "#d9dce1", "#2457c5", "#c2571a"
-FONT_SIZE = 10.5
 MAX_EMBEDDED_BYTES = 1_500_000
 MAX_GRID_PIXELS = 1200
-REWARD_TITLES = {
-    "reward/clip": "Reward: CLIP",
-    "reward/preference": "Reward: preference",
-    "reward/loo_fid": "Reward: leave-one-out FID",
-}
-# Title, metric keys with their legend, and what the reader should look for.
-CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
-    ("EMA FID (what the reward sees)", {"moments/ema_fid": ""}, "falls with the judge's"),
-    (
-        "Precision and recall",
-        {"judge/precision": "precision", "judge/recall": "recall"},
-        "recall must not fall",
-    ),
-    ("Normalised entropy", {"policy/entropy_normalized": ""}, "1 is uniform over the codebook"),
-    ("KL to the reference", {"loss/kl": ""}, "nats per token"),
-    ("Gradient norm", {"policy/grad_norm": ""}, "before clipping"),
-    ("Seconds per step", {"time/step_s": ""}, "sampling, scoring and learning"),
-)
 
 
 def build_report(run_dir: Path) -> Path:
@@ -75,7 +50,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
     summary = _read_summary(run_dir)
     series = _read_metrics(run_dir)
     config_text = _read_config(run_dir)
-    config = yaml.safe_load(config_text) if config_text else {}
+    config = yaml.safe_load(config_text) or {}
     grids = sorted((run_dir / "grids").glob("step_*.png"))
     return {
         "name": run_dir.absolute().name,
@@ -83,10 +58,10 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "tiles": _tiles(summary),
         "rows": summary_rows(summary),
         "sweep": _sweep(summary),
-        "sweep_chart": _sweep_chart(summary),
+        "sweep_chart": sweep_chart(summary),
         "grids": [_grid(path) for path in _first_and_last(grids)],
         "row_names": _row_names(config),
-        "charts": _charts(series, summary),
+        "charts": curve_charts(series, summary),
         "facts": _facts(summary),
         "config": config_text,
         "places": _places(run_dir),
@@ -189,11 +164,12 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     groups = summary.get("groups") or {}
     dropped = groups.get("dropped") or {}
     restarts = summary.get("restarts") or {}
+    peak_gib = summary.get("peak_pss_gib")
     facts = [
         ("Steps", summary.get("steps")),
         ("Seed", summary.get("seed")),
         ("Wall time", _duration(summary.get("wall_s"))),
-        ("Peak memory (PSS)", _with_unit(summary.get("peak_pss_gib"), "GiB")),
+        ("Peak memory (PSS)", None if peak_gib is None else f"{peak_gib:.2f} GiB"),
         ("Groups generated", groups.get("generated")),
         ("Groups trained on", groups.get("trained")),
         ("Groups dropped", _counts(dropped) if groups else None),
@@ -212,10 +188,6 @@ def _duration(seconds: float | None) -> str | None:
     if seconds is None:
         return None
     return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"
-
-
-def _with_unit(value: float | None, unit: str) -> str | None:
-    return None if value is None else f"{value:.2f} {unit}"
 
 
 def _places(run_dir: Path) -> list[tuple[str, str]]:
@@ -268,114 +240,6 @@ def _embedded_image(path: Path) -> str:
         smaller.save(buffer, format="JPEG", quality=88)
         payload, kind = buffer.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(payload).decode()}"
-
-
-def _charts(series: Series, summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    charts = []
-    before = summary.get("before") or {}
-    if "judge/fid" in series:
-        best = before.get("judge_fid_best_cfg")
-        level = (best, f"base's best guidance, {best:.1f}") if best else None
-        charts.append(
-            _chart("Judge FID, no guidance", {"": series["judge/fid"]}, "lower is better", level)
-        )
-    for key in sorted(key for key in series if key.startswith("reward/") and key.count("/") == 1):
-        title = REWARD_TITLES.get(key, f"Reward: {key.removeprefix('reward/')}")
-        charts.append(_chart(title, {"": series[key]}, "mean over the step's images"))
-    for title, keys, note in CURVES:
-        lines = {name: series[key] for key, name in keys.items() if key in series}
-        if lines:
-            charts.append(_chart(title, lines, note))
-    return charts
-
-
-def _chart(
-    title: str,
-    lines: Series,
-    note: str,
-    level: tuple[float, str] | None = None,
-) -> dict[str, str]:
-    axes = _axes()
-    colors = (ACCENT, SECOND)
-    for (name, points), color in zip(lines.items(), colors, strict=False):
-        steps, values = [p[0] for p in points], [p[1] for p in points]
-        if len(points) > 30:
-            axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-            axes.plot(steps, _smoothed(values), color=color, linewidth=1.8, label=name)
-        else:
-            axes.plot(steps, values, color=color, linewidth=1.8, marker="o", ms=4, label=name)
-    if level is not None:
-        axes.axhline(level[0], color=SECOND, linewidth=1.4, linestyle=(0, (5, 3)), label=level[1])
-        axes.set_ylim(bottom=0)
-    if level is not None or len(lines) > 1:
-        axes.legend(frameon=False, fontsize=FONT_SIZE, labelcolor=INK)
-    axes.set_xlabel("step", color=MUTED, fontsize=FONT_SIZE)
-    ends = "; ".join(
-        f"{name + ' ' if name else ''}{points[0][1]:.3g} at step {points[0][0]}, "
-        f"{points[-1][1]:.3g} at step {points[-1][0]}"
-        for name, points in lines.items()
-    )
-    return {"title": title, "note": note, "source": _svg(axes), "alt": f"{title}: {ends}"}
-
-
-def _sweep_chart(summary: Mapping[str, Any]) -> dict[str, str] | None:
-    sweep = summary.get("sweep") or {}
-    if not sweep.get("before") and not sweep.get("after"):
-        return None
-    axes = _axes()
-    for side, name, color in (("before", "base", SECOND), ("after", "after GRPO", ACCENT)):
-        points = sorted((float(scale), fid) for scale, fid in (sweep.get(side) or {}).items())
-        xs, ys = [p[0] for p in points], [p[1] for p in points]
-        axes.plot(xs, ys, color=color, linewidth=1.8, marker="o", ms=4, label=name)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("guidance scale (1 is none)", color=MUTED, fontsize=FONT_SIZE)
-    axes.legend(frameon=False, fontsize=FONT_SIZE, labelcolor=INK)
-    return {
-        "title": "Judge FID over the guidance scale",
-        "note": "lower is better",
-        "source": _svg(axes),
-        "alt": "Judge FID over the guidance scale, base and after; the table has the numbers",
-    }
-
-
-def _smoothed(values: list[float]) -> list[float]:
-    """Centred running mean, so that the line has no lag; values that aren't finite are left out."""
-    radius = max(2, len(values) // 24)
-    smoothed = []
-    for i, value in enumerate(values):
-        window = [v for v in values[max(0, i - radius) : i + radius + 1] if math.isfinite(v)]
-        smoothed.append(sum(window) / len(window) if window else value)
-    return smoothed
-
-
-def _axes() -> "Axes":
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.3, 2.55), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.grid(axis="y", color=LINE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=FONT_SIZE, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(LINE)
-    axes.locator_params(axis="both", nbins=6)
-    return axes
-
-
-def _svg(axes: "Axes") -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    buffer = io.BytesIO()
-    # Text stays text: the browser's own font, and a tenth of the size of outlines.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rlgen"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", buffer.getvalue().decode())
-    return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}"
 
 
 def main(arguments: list[str] | None = None) -> int:

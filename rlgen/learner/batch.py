@@ -33,3 +33,18 @@ def learner_batch(step: int, scored: Sequence[ScoredRollout], rewards: StepRewar
         advantages_B=rewards.advantages_B,
         num_images_total=len(rewards.advantages_B),
     )
+
+
+def split_batch(batch: LearnerBatch, *, rank: int, world_size: int) -> LearnerBatch:
+    """One rank's contiguous share of a step's groups."""
+    size = len(batch.class_ids_B) // world_size
+    part = slice(rank * size, (rank + 1) * size)
+    return LearnerBatch(
+        step=batch.step,
+        policy_version=batch.policy_version,
+        class_ids_B=batch.class_ids_B[part],
+        tokens_BL=batch.tokens_BL[part],
+        rollout_logprobs_BL=batch.rollout_logprobs_BL[part],
+        advantages_B=batch.advantages_B[part],
+        num_images_total=batch.num_images_total,
+    )

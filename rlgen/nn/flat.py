@@ -18,7 +18,7 @@ def pack_weights(state: Mapping[str, Tensor], *, version: int) -> tuple[WeightMa
     """Copy tensors, in name order, into one buffer.
 
     Returns:
-        the manifest and a uint8 array that owns its memory.
+        the manifest and a uint8 array, a copy of the tensors.
     """
     specs: list[TensorSpec] = []
     offset = 0

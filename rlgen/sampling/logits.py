@@ -21,7 +21,7 @@ def processed_logprobs(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Log-probabilities after temperature, top-k and top-p, renormalised.
 
     Every code whose logit equals the k-th largest is kept. Top-p keeps the likeliest codes up
-    to and including the first one that reaches the mass.
+    to and including the first one past the mass.
 
     Args:
         logits: [..., V] float32, guidance already applied.

@@ -72,4 +72,4 @@ def _draw(logprobs_BV: Tensor, noise_B: Tensor) -> Tensor:
     cumulative = logprobs_BV.double().exp().cumsum(dim=-1)
     threshold = noise_B[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return drawn.clamp_max(logprobs_BV.shape[-1] - 1)  # noise * total may round up to total
+    return drawn.clamp_max(logprobs_BV.shape[-1] - 1)  # only a NaN could lie beyond

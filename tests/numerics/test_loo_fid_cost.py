@@ -13,6 +13,7 @@ BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "loo_fid.py"
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_rewards_cost_a_seventieth_of_brute_force(tmp_path: Path) -> None:
     output = tmp_path / "loo_fid.json"
     arguments = ["--d", "2048", "--n", "256", "--require", "70", "--json", str(output)]

@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from rlgen.config import RunConfig
+from rlgen.learner.batch import split_batch
 from rlgen.learner.learner import Learner
-from rlgen.learner.runtime import split_batch
 from rlgen.types import LearnerBatch
 from tests.tiny import CPU, sampled_batch, tiny_config, tiny_policy
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from rlgen.config import RunConfig
 from rlgen.errors import CheckpointError, NumericsError
+from rlgen.learner.batch import split_batch
 from rlgen.learner.checkpoint import commit_checkpoint
 from rlgen.learner.learner import Learner
-from rlgen.learner.runtime import split_batch
 from rlgen.learner.state_io import parse_state, restore_learner, save_learner
 from rlgen.nn.weights import state_sha256
 from rlgen.types import LearnerBatch

@@ -176,6 +176,19 @@ def test_rewinding_forgets_what_came_after(reference) -> None:
     assert not np.array_equal(commit(store, 2).advantages_B, other.advantages_B)
 
 
+def test_a_rewound_step_may_be_committed_with_other_content(reference) -> None:
+    store = started(config_of(reference))
+    commit(store, 0)
+    state = store.state_dict()
+    commit(store, 1)
+    store.load_state_dict(state)
+    found = store.commit(1, step_rewards(7), draw(NUM_IMAGES, seed=7))
+    never_rewound = started(config_of(reference))
+    commit(never_rewound, 0)
+    expected = never_rewound.commit(1, step_rewards(7), draw(NUM_IMAGES, seed=7))
+    assert_same_answer(found, expected)
+
+
 def test_advantages_are_the_weighted_sum_of_what_each_reward_gives(reference) -> None:
     found = commit(started(config_of(reference)), 0)
     parts = []
@@ -208,6 +221,26 @@ def test_the_distribution_reward_is_the_leave_one_out_of_the_pooled_batch(refere
     assert expected.n_eff == pytest.approx(1 / (0.49 / 12 + 0.09 / 50))
     assert found.rewards.keys() == {"clip", "preference", "loo_fid"}
     np.testing.assert_array_equal(found.rewards["clip"], step_rewards(0)["clip"])
+
+
+def test_unscaled_distribution_advantages_are_the_influences(reference) -> None:
+    """Not the raw rewards, whose scale falls with the number of images and rises with 1 - decay."""
+    config = config_of(
+        reference,
+        reward__scorers__clip__weight=0.0,
+        reward__scorers__preference__weight=0.0,
+        advantage__distribution_scale="none",
+        advantage__clip=1e9,
+    )
+    found = commit(started(config), 0)
+    coordinates = to_coordinates(load_reference(reference))
+    state = EmaState.bootstrap(torch.from_numpy(draw(50, seed=1) + np.float32(0.5)), coordinates)
+    features = torch.from_numpy(draw(NUM_IMAGES, seed=10))
+    outcome = leave_one_out(state, features, coordinates, decay=0.5)
+    # Influences of order 1 as float32.
+    np.testing.assert_allclose(found.advantages_B, outcome.influence_B.numpy(), rtol=0, atol=1e-6)
+    assert abs(outcome.influence_B.sum()) < 1e-9
+    assert abs(outcome.influence_B).max() > 0.1
 
 
 @pytest.mark.parametrize("center", ["batch", "group"])

@@ -299,3 +299,20 @@ def test_the_command_that_opens_the_interface(
     assert ui_command("sqlite:///runs/mlflow.db") == expected
     assert ui_command("http://me:hush@server:5000") == "python -m webbrowser http://server:5000"
     assert ui_command("none") == ""
+
+
+def test_a_run_tracked_in_another_store_goes_on_as_a_new_run(tmp_path: Path) -> None:
+    """Resuming under another root waited a minute for a run that its store never had."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = Tracker(
+        uri, experiment="rlgen", run_name="resumed", spool_dir=tmp_path, run_id="0" * 32
+    )
+    tracker.log_metrics(1, {"loss/total": 1.0})
+    tracker.close(timeout_s=60)
+    assert tracker.warnings == []
+    assert tracker.run_id is not None and tracker.run_id != "0" * 32
+    run = MlflowClient(uri).get_run(tracker.run_id)
+    assert run.data.metrics == {"loss/total": 1.0}
+    assert run.data.tags["rlgen.resumed_from"] == "0" * 32
