@@ -6,7 +6,6 @@ where it runs is the runtime's business.
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -50,6 +49,7 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     """The run itself, on roles that are placed but not started."""
     from rlgen.evaluation.evaluator import Evaluator
     from rlgen.jobs.checkpoints import restore_run, save_run
+    from rlgen.jobs.stopwatch import Stopwatch
     from rlgen.learner.batch import learner_batch, pooled
     from rlgen.sampling.units import training_units
 
@@ -73,27 +73,16 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     for step in range(first_step, min(first_step + lag, config.steps)):
         runtime.submit(units_of(step))  # a head start for the samplers, if lag allows one
     for step in range(first_step, config.steps):
-        started = time.perf_counter()
+        watch = Stopwatch()
         if step + lag < config.steps:
             runtime.submit(units_of(step + lag))
         scored = runtime.collect(units_of(step))
-        collected = time.perf_counter()
+        watch.lap("rollout_and_score")
         rewards = runtime.commit_moments(step, *pooled(scored))
-        committed = time.perf_counter()
+        watch.lap("commit")
         metrics = runtime.learn(learner_batch(step, scored, rewards))
-        finished = time.perf_counter()
-        recorder.log_step(
-            step,
-            scored,
-            rewards,
-            metrics,
-            times={
-                "time/rollout_and_score_s": collected - started,
-                "time/commit_s": committed - collected,
-                "time/learn_s": finished - committed,
-                "time/step_s": finished - started,
-            },
-        )
+        watch.lap("learn")
+        recorder.log_step(step, scored, rewards, metrics | watch.metrics())
         if is_due(step + 1, config.evaluation.every_steps) and step + 1 < config.steps:
             recorder.log_evaluation(step + 1, *evaluator.evaluate(step + 1))
         if is_due(step + 1, config.checkpoint.every_steps) or step + 1 == config.steps:

@@ -111,8 +111,6 @@ class Recorder:
         scored: Sequence[ScoredRollout],
         rewards: StepRewards,
         metrics: dict[str, float],
-        *,
-        times: dict[str, float],
     ) -> None:
         """Take in one training step."""
         group_size = self.config.rollout.group_size
@@ -123,9 +121,9 @@ class Recorder:
         work = {
             "time/sampling_s": sum(item.rollout.sampling_s for item in scored),
             "time/scoring_s": sum(item.scoring_s for item in scored),
-            "perf/images_per_s": len(rewards.advantages_B) / times["time/step_s"],
+            "perf/images_per_s": len(rewards.advantages_B) / metrics["time/step_s"],
         }
-        row = means | rewards.metrics | metrics | times | work
+        row = means | rewards.metrics | metrics | work
         self._write(step + 1, row)
         self._progress.step(step + 1, row)
 
