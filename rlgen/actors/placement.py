@@ -27,6 +27,8 @@ def connect(config: RunConfig) -> str:
 
     Returns:
         the dashboard's address, or an empty string.
+    Raises:
+        PlacementError: no cluster answers at the address.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     options: dict[str, Any] = {
@@ -36,7 +38,13 @@ def connect(config: RunConfig) -> str:
     }
     address = _find_cluster(config.cluster.address)
     if address is not None:
-        context = ray.init(address=address, **options)
+        try:
+            context = ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise PlacementError(
+                f"there is no Ray to connect to at {address} ({error}); check RAY_ADDRESS and "
+                "cluster.address, and RAY_AUTH_TOKEN if the cluster asks for tokens."
+            ) from error
     else:
         context = ray.init(
             address="local",

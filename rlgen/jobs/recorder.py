@@ -48,7 +48,8 @@ class Recorder:
                 "it by checkpoint.resume_from."
             )
         self.config = config
-        self.checkpoint_root = config.checkpoint.uri or str((self.folder / "checkpoints").resolve())
+        root = config.checkpoint.uri or str(self.folder / "checkpoints")
+        self.checkpoint_root = root if "://" in root else str(Path(root).resolve())
         self._tracker: Tracker | None = None
         self._memory = PeakMemory()
         self._progress = RunProgress(config.steps)
