@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import loo_fid_brute_force as brute
 import pytest
 import torch
 
 from rlgen.moments.coordinates import to_coordinates
 from rlgen.moments.ema import EmaState, rho_eff
 from rlgen.moments.leave_one_out import leave_one_out
+from tests.numerics import loo_fid_brute_force as brute
 
 # Full rank: sums of a few hundred numbers of order 1, and square roots of eigenvalues down to
 # 1e-4. Singular: square roots of eigenvalues that are rounding, sqrt(1e-16) = 1e-8 each; about

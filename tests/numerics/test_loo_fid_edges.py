@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import loo_fid_brute_force as brute
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from rlgen.errors import CheckpointError, ConfigError, NumericsError
 from rlgen.moments.coordinates import ReferenceCoordinates, to_coordinates
 from rlgen.moments.ema import EmaState, ema_step, rho_eff
 from rlgen.moments.leave_one_out import leave_one_out
+from tests.numerics import loo_fid_brute_force as brute
 
 WIDTH = 8
 

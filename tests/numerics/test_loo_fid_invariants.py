@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import loo_fid_brute_force as brute
 import pytest
 import torch
 
@@ -10,6 +9,7 @@ from rlgen.moments.coordinates import to_coordinates
 from rlgen.moments.ema import EmaState
 from rlgen.moments.leave_one_out import LeaveOneOut, leave_one_out
 from rlgen.moments.reference import ReferenceMoments
+from tests.numerics import loo_fid_brute_force as brute
 
 WIDTH, NUM = 12, 20
 # Rewards here are of order 1e-2; another order of operations moves them by 1e-14 to 1e-13.
