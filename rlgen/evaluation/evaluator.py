@@ -3,18 +3,20 @@
 Owns the sweep over guidance scales. Must not know where units are sampled.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
 
 from rlgen.config.run import RunConfig
 from rlgen.evaluation.judge import Quality, load_real_features, measure_quality
-from rlgen.sampling.units import independent_units
-from rlgen.types import SamplingSettings, ScoredRollout, WorkUnit
+from rlgen.sampling.units import independent_units, training_settings
+from rlgen.types import ScoredRollout, WorkUnit
 
 NO_GUIDANCE = 1.0
+_SPEED_ROUNDS = 5
 
 
 class UnitRunner(Protocol):
@@ -32,12 +34,13 @@ class Sweep:
     """Quality by guidance scale; 1 is no guidance."""
 
     by_scale: dict[float, Quality]
+    images_per_s: dict[float, float]
+    """Sampling speed of one rollout worker without guidance and at the best scale."""
 
     @property
     def best_scale(self) -> float:
         """The guidance scale above 1 with the lowest judge FID; 1 if none was tried."""
-        guided = [scale for scale in self.by_scale if scale != NO_GUIDANCE]
-        return min(guided, key=lambda s: self.by_scale[s].judge_fid, default=NO_GUIDANCE)
+        return best_guidance(self.by_scale)
 
     def as_summary(self) -> dict[str, Any]:
         """The `before` or `after` part of summary.json."""
@@ -52,13 +55,19 @@ class Sweep:
             "clip": plain.rewards.get("clip"),
             "preference": plain.rewards.get("preference"),
             "rewards": plain.rewards,
-            "images_per_s": plain.images_per_s,
-            "images_per_s_cfg": best.images_per_s,
+            "images_per_s": self.images_per_s[NO_GUIDANCE],
+            "images_per_s_cfg": self.images_per_s[self.best_scale],
         }
 
     def fids(self) -> dict[str, float]:
         """Judge FID by guidance scale, for the report."""
         return {f"{scale:g}": quality.judge_fid for scale, quality in self.by_scale.items()}
+
+
+def best_guidance(by_scale: Mapping[float, Quality]) -> float:
+    """The scale above 1 with the lowest judge FID; 1 if there is none."""
+    guided = [scale for scale in by_scale if scale != NO_GUIDANCE]
+    return min(guided, key=lambda scale: by_scale[scale].judge_fid, default=NO_GUIDANCE)
 
 
 class Evaluator:
@@ -79,21 +88,7 @@ class Evaluator:
             the quality, and the first images for the grid, uint8 [N, 3, H, W].
         """
         evaluation = self.config.evaluation
-        per_grid = len(self.config.class_names) * evaluation.grid_images_per_class
-        units = independent_units(
-            self.config,
-            "evaluate",
-            num_images=evaluation.num_images,
-            seed=evaluation.seed,
-            policy_version=policy_version,
-            settings=SamplingSettings(
-                cfg_scale=cfg_scale,
-                temperature=self.config.rollout.temperature,
-                top_k=self.config.rollout.top_k,
-                top_p=self.config.rollout.top_p,
-            ),
-            num_kept_images=per_grid,
-        )
+        units = self._units(policy_version, cfg_scale, num_images=evaluation.num_images)
         self._runner.submit(units)
         scored = self._runner.collect(units)
         quality = measure_quality(scored, self._real, num_neighbors=evaluation.num_neighbors)
@@ -106,4 +101,29 @@ class Evaluator:
             scale: self.evaluate(policy_version, cfg_scale=scale)[0]
             for scale in self.config.evaluation.cfg_scales
         }
-        return Sweep({NO_GUIDANCE: plain} | guided), images
+        by_scale = {NO_GUIDANCE: plain} | guided
+        return Sweep(by_scale, self._speeds(policy_version, best_guidance(by_scale))), images
+
+    def _speeds(self, policy_version: int, guided_scale: float) -> dict[float, float]:
+        """Images/s with nothing else running; the scales take turns, as machines are noisy."""
+        num_images = min(self.config.evaluation.images_per_unit, self.config.evaluation.num_images)
+        speeds: dict[float, list[float]] = {NO_GUIDANCE: [], guided_scale: []}
+        for _ in range(_SPEED_ROUNDS):
+            for scale, measured in speeds.items():
+                units = self._units(policy_version, scale, num_images=num_images)
+                self._runner.submit(units)
+                [scored] = self._runner.collect(units)
+                measured.append(num_images / scored.rollout.sampling_s)
+        return {scale: median(measured) for scale, measured in speeds.items()}
+
+    def _units(self, policy_version: int, cfg_scale: float, *, num_images: int) -> list[WorkUnit]:
+        per_class = self.config.evaluation.grid_images_per_class
+        return independent_units(
+            self.config,
+            "evaluate",
+            num_images=num_images,
+            seed=self.config.evaluation.seed,
+            policy_version=policy_version,
+            settings=replace(training_settings(self.config), cfg_scale=cfg_scale),
+            num_kept_images=len(self.config.class_names) * per_class,
+        )

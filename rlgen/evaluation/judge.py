@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from statistics import median
 
 import numpy as np
 import torch
@@ -85,8 +84,6 @@ class Quality:
     """Share of images whose class the judge recognises; None if it knows no classes."""
     rewards: dict[str, float]
     """Mean of each instance reward."""
-    images_per_s: float
-    """Images sampled per second by one rollout worker, tokens only: median over the units."""
 
     def as_metrics(self) -> dict[str, float]:
         """Flat metric names for the tracker."""
@@ -131,9 +128,6 @@ def measure_quality(
             name: float(np.concatenate([item.rewards[name] for item in scored]).mean())
             for name in names
         },
-        images_per_s=median(
-            len(item.rollout.tokens_BL) / item.rollout.sampling_s for item in scored
-        ),
     )
 
 

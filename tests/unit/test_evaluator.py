@@ -75,6 +75,9 @@ def config(tmp_path) -> RunConfig:
     )
 
 
+SPEEDS = {1.0: 10.0, 1.5: 6.0, 2.0: 5.0}
+
+
 def quality(fid: float, **changes: Any) -> Quality:
     values: dict[str, Any] = {
         "judge_fid": fid,
@@ -82,7 +85,6 @@ def quality(fid: float, **changes: Any) -> Quality:
         "recall": 0.5,
         "accuracy": 0.7,
         "rewards": {"clip": 0.2, "other": 0.3},
-        "images_per_s": 10.0,
     }
     return Quality(**(values | changes))
 
@@ -115,7 +117,8 @@ def test_the_grids_images_are_the_first_ones_in_order(config) -> None:
 def test_a_sweep_finds_the_best_guidance(config) -> None:
     runner = FakeRunner()
     sweep, images_u8 = Evaluator(config, runner).sweep(3)
-    assert [units[0].settings.cfg_scale for units in runner.submitted] == [1.0, 1.5, 2.0, 3.0]
+    scales = [units[0].settings.cfg_scale for units in runner.submitted]
+    assert scales[:4] == [1.0, 1.5, 2.0, 3.0]
     assert sweep.best_scale == BEST_SCALE
     assert len(images_u8) == 40
     fids = sweep.fids()
@@ -123,6 +126,16 @@ def test_a_sweep_finds_the_best_guidance(config) -> None:
     # Means apart by 0.5 |scale - 2| in three dimensions; the rest is the noise of 100 images.
     for scale, expected in (("1", 0.75), ("1.5", 0.1875), ("2", 0.0), ("3", 0.75)):
         assert fids[scale] == pytest.approx(expected, abs=0.3)
+
+
+def test_speeds_are_medians_of_single_units_with_the_scales_in_turn(config) -> None:
+    runner = FakeRunner()
+    Evaluator(config, runner).sweep(3)
+    timed = runner.submitted[4:]
+    assert [len(units) for units in timed] == [1] * len(timed)
+    assert {units[0].num_images for units in timed} == {30}
+    assert [units[0].settings.cfg_scale for units in timed] == [1.0, BEST_SCALE] * (len(timed) // 2)
+    assert len(timed) >= 6
 
 
 def test_the_summary_has_the_promised_keys(config) -> None:
@@ -144,18 +157,18 @@ def test_the_summary_has_the_promised_keys(config) -> None:
 
 
 def test_the_best_guidance_is_a_guided_one_even_if_none_helps() -> None:
-    sweep = Sweep({1.0: quality(1.0), 1.5: quality(3.0), 2.0: quality(2.0)})
+    sweep = Sweep({1.0: quality(1.0), 1.5: quality(3.0), 2.0: quality(2.0)}, SPEEDS)
     assert sweep.best_scale == 2.0
     assert sweep.as_summary()["judge_fid_best_cfg"] == 2.0
 
 
 def test_without_guidance_scales_the_summary_repeats_the_plain_numbers() -> None:
-    summary = Sweep({1.0: quality(1.0)}).as_summary()
+    summary = Sweep({1.0: quality(1.0)}, SPEEDS).as_summary()
     assert summary["best_cfg_scale"] == 1.0
     assert summary["judge_fid"] == summary["judge_fid_best_cfg"] == 1.0
 
 
 def test_rewards_that_a_run_lacks_are_none_and_others_are_kept() -> None:
-    summary = Sweep({1.0: quality(1.0)}).as_summary()
+    summary = Sweep({1.0: quality(1.0)}, SPEEDS).as_summary()
     assert summary["clip"] == 0.2 and summary["preference"] is None
     assert summary["rewards"] == {"clip": 0.2, "other": 0.3}

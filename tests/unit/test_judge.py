@@ -154,17 +154,6 @@ def test_a_judge_without_classes_has_no_accuracy() -> None:
     assert "judge/accuracy" not in quality.as_metrics()
 
 
-def test_speed_is_the_median_units_and_so_ignores_one_that_was_interrupted() -> None:
-    features = draw(90, 18)
-    seconds = (0.3, 30.0, 0.1)
-    units = [
-        unit_scored(part, sampling_s=duration)
-        for part, duration in zip(np.split(features, 3), seconds, strict=True)
-    ]
-    quality = measure_quality(units, real_of(draw(60, 19)), num_neighbors=3)
-    assert quality.images_per_s == pytest.approx(30 / 0.3)
-
-
 def test_units_without_judge_features_are_a_programming_error() -> None:
     unit = replace(unit_scored(draw(5, 0)), judge_features_BF=None)
     with pytest.raises(AssertionError, match="evaluation units are judged"):
