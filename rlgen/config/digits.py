@@ -39,7 +39,7 @@ class DigitsConfig(Section):
     """Transformer blocks of the tiny policy."""
     policy_heads: PositiveInt = 4
     """Attention heads of the tiny policy."""
-    policy_steps: PositiveInt = 300
+    policy_steps: PositiveInt = 280
     """Optimiser steps of the base policy, at batch 128: left short of perfect on purpose."""
-    class_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    class_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.15
     """Share of labels replaced by the null class in pretraining, which makes guidance possible."""

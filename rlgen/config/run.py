@@ -69,7 +69,7 @@ class GrpoConfig(Section):
     """Ratios under 1 minus this gain nothing more."""
     ratio_clip_high: Positive = 0.2
     """Ratios over 1 plus this gain nothing more."""
-    kl_coef: NonNegative = 0.01
+    kl_coef: NonNegative = 0.004
     """Weight of the k3 KL to the reference policy; 0 saves the reference pass."""
     reference: Literal["frozen", "ema"] = "frozen"
     """Reference policy: the base, or a moving average of the trained one."""
