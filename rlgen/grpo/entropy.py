@@ -8,7 +8,7 @@ Source: arXiv:2603.23086, adaptive entropy.
 import math
 from dataclasses import dataclass
 
-from rlgen.config.run import EntropyConfig
+from rlgen.config.learning import EntropyConfig
 
 
 @dataclass(frozen=True)

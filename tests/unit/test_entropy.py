@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from rlgen.config.run import EntropyConfig
+from rlgen.config.learning import EntropyConfig
 from rlgen.grpo.entropy import EntropyController, schedule
 
 CONFIG = EntropyConfig(
