@@ -1,6 +1,6 @@
 """A step of the distributed job against the same step in one process.
 
-    python tests/benchmarks/step_overhead.py [--steps 20] [--rounds 2] [--require 1.25]
+    python tests/benchmarks/step_overhead.py [--steps 3] [--rounds 13] [--require 1.25]
 
 Both runtimes do the same arithmetic on the embedded default, with one worker per role and one
 thread each. Steps of the two alternate in blocks, so that a busy moment of the machine hits
@@ -36,7 +36,7 @@ def one_step(config: RunConfig, runtime: Runtime, step: int) -> float:
 
 
 def measure(*, block_steps: int, rounds: int, settings: Sequence[str] = ()) -> dict[str, float]:
-    """Median step seconds of both runtimes, and their ratio."""
+    """Median step seconds of both runtimes, and the median of the ratios of paired blocks."""
     config = load_config(None, ["rollout.num_workers=1", "reward.num_workers=1", *settings])
     config = resolve_embedded(config, ensure_assets(config.digits, lambda *_: None))
     with TemporaryDirectory() as folder:
@@ -53,20 +53,21 @@ def measure(*, block_steps: int, rounds: int, settings: Sequence[str] = ()) -> d
             for block in range(rounds):
                 first = 1 + block * block_steps
                 for name, runtime in runtimes.items():
-                    for step in range(first, first + block_steps):
-                        times[name].append(one_step(config, runtime, step))
+                    steps = range(first, first + block_steps)
+                    times[name].append(median(one_step(config, runtime, step) for step in steps))
         finally:
             for runtime in runtimes.values():
                 runtime.close()
+    ratios = [ray / local for ray, local in zip(times["ray"], times["local"], strict=True)]
     medians = {f"{name}_step_s": median(values) for name, values in times.items()}
-    return medians | {"ratio": medians["ray_step_s"] / medians["local_step_s"]}
+    return medians | {"ratio": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
 
 def main() -> int:
     """Measure, print, compare with the bar."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20, help="steps in a block")
-    parser.add_argument("--rounds", type=int, default=3, help="blocks per runtime")
+    parser.add_argument("--steps", type=int, default=3, help="steps in a block")
+    parser.add_argument("--rounds", type=int, default=13, help="blocks per runtime")
     parser.add_argument("--require", type=float, default=1.25, help="largest ratio allowed")
     known = parser.parse_args()
     result = measure(block_steps=known.steps, rounds=known.rounds)
