@@ -5,6 +5,7 @@ Owns the connection and the feasibility check.
 
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ def connect(config: RunConfig) -> str:
     address = _find_cluster(config.cluster.address)
     if address is not None:
         try:
+            if re.fullmatch(r"[\w.-]+:\d+", address) and not _listens(address):
+                raise ConnectionError("nothing listens there")
             context = ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise PlacementError(
@@ -104,8 +107,16 @@ def _find_cluster(configured: str) -> str | None:
         return configured
     try:
         address = _CURRENT_CLUSTER.read_text().strip()
-        host, _, port = address.rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=1.0):
-            return address
-    except (OSError, ValueError):
+    except OSError:
         return None
+    return address if _listens(address) else None
+
+
+def _listens(address: str) -> bool:
+    """Whether something accepts connections at host:port; Ray itself would wait a minute."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5.0):
+            return True
+    except (OSError, ValueError):
+        return False
