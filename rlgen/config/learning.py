@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlgen.config.base import Fraction, NonNegative, Positive, PositiveInt, Section
+from rlgen.config.base import Dtype, Fraction, NonNegative, Positive, PositiveInt, Section
 
 
 class GrpoConfig(Section):
@@ -28,7 +28,10 @@ class GrpoConfig(Section):
     inner_epochs: PositiveInt = 1
     """Optimiser steps on each batch."""
     ratio_tolerance: Positive = 1e-4
-    """Largest |ratio - 1| allowed at the first update, when policy and sampler are equal."""
+    """Largest |ratio - 1| allowed at the first update, when policy and sampler are equal; in
+    bfloat16 the gap is only measured."""
+    scale_weight_alpha: NonNegative = 0.0
+    """A token of a VAR scale of h x w tokens counts 1/(h*w)^alpha, normalised to mean 1."""
 
 
 class EntropyConfig(Section):
@@ -62,6 +65,15 @@ class EntropyConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adaptation: W + alpha / rank * B A, with B starting at zero."""
+
+    rank: PositiveInt = 16
+    """Rows of A and columns of B."""
+    alpha: Positive = 32.0
+    """Scale of the addition, divided by the rank."""
+
+
 class LearnerConfig(Section):
     """Optimisation of the policy."""
 
@@ -73,6 +85,12 @@ class LearnerConfig(Section):
     """CPUs that Ray sets aside for each rank."""
     num_gpus: NonNegative = 0.0
     """GPUs for each rank."""
+    dtype: Dtype = "float32"
+    """Number format of the arithmetic; weights and optimiser stay float32."""
+    lora: LoraConfig | None = None
+    """Train low-rank additions to the linear layers instead of the weights; null trains all."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
     micro_batch_size: PositiveInt = 480
     """Images in one forward and backward pass of a rank; the loss does not depend on it."""
     lr: Positive = 2e-4

@@ -8,11 +8,12 @@ pretrain job makes for the embedded default.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rlgen.config.base import EMBEDDED, NonNegative, Positive, PositiveInt, Section
+from rlgen.config.base import EMBEDDED, Dtype, NonNegative, Positive, PositiveInt, Section
 from rlgen.config.digits import DigitsConfig
 from rlgen.config.learning import EntropyConfig, GrpoConfig, LearnerConfig
+from rlgen.config.models import model_spec
 from rlgen.config.reward import (
     AdvantageConfig,
     RewardConfig,
@@ -20,18 +21,36 @@ from rlgen.config.reward import (
 from rlgen.config.tree import flatten
 
 
-class PolicyConfig(Section):
+class PublicFile(Section):
+    """A weight file: rlgen's own, which says what it holds, or a published one, named here."""
+
+    checkpoint: str = EMBEDDED
+    """Path or URL of the weights."""
+    model: str | None = None
+    """Published model that the file holds, such as `llamagen-l-256` (config/models.py lists all);
+    null for a file that rlgen wrote."""
+    architecture: dict[str, Any] = {}
+    """Fields that differ from the published model's, such as `num_classes: 100`."""
+    sha256: str | None = None
+    """Digest that the file must have; null checks nothing."""
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_known(cls, name: str | None) -> str | None:
+        if name is not None:
+            model_spec(name)
+        return name
+
+
+class PolicyConfig(PublicFile):
     """The image generator that is trained."""
 
-    checkpoint: str = EMBEDDED
-    """Path or URL of the base policy's weights."""
+    captions: str | None = None
+    """Path or URL of encoded captions, the conditions of a text-conditional policy."""
 
 
-class TokenizerConfig(Section):
+class TokenizerConfig(PublicFile):
     """The decoder from tokens to pixels; it is not trained."""
-
-    checkpoint: str = EMBEDDED
-    """Path or URL of the tokenizer's weights."""
 
 
 class RolloutConfig(Section):
@@ -58,7 +77,12 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Keep the likeliest codes up to this mass; 1 keeps all."""
     cfg_scale: Annotated[float, Field(ge=1.0)] = 1.0
-    """Classifier-free guidance in rollouts; the learner scores the guided distribution."""
+    """Classifier-free guidance in rollouts; the learner scores the guided distribution. 1 is none.
+    A VAR policy reaches it at its last scale; VAR's own `cfg` is this minus 1."""
+    cfg_interval: Annotated[int, Field(ge=0)] | None = None
+    """Guide only the tokens up to this position plus 1; null guides all."""
+    dtype: Dtype = "float32"
+    """Number format of the samplers' weights and arithmetic."""
 
 
 class EvaluationConfig(Section):
