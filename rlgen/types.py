@@ -21,6 +21,8 @@ class SamplingSettings:
 
     cfg_scale: float = 1.0
     """Classifier-free guidance: 1 is none; other values double the forward passes."""
+    cfg_interval: int | None = None
+    """Blocks after this one plus 1 are not guided; None guides all."""
     temperature: float = 1.0
     top_k: int = 0
     """0 keeps every code."""

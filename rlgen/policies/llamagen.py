@@ -85,6 +85,8 @@ class LlamaGen(nn.Module):
         self.codebook_size = config.codebook_size
         self.num_classes = config.num_classes
         self.null_class: int | None = config.num_classes
+        self.block_sizes = (1,) * self.num_tokens
+        self.guidance_ramp = (1.0,) * self.num_tokens
         self.cls_embedding = LabelEmbedding(config.num_classes, config.width)
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -128,12 +130,12 @@ class LlamaGen(nn.Module):
         ]
 
     def prefill(self, class_ids_B: Tensor, cache: list[LayerCache]) -> Tensor:
-        """Feed the condition; logits [B, V] of code 0."""
-        return self._run(self.cls_embedding(class_ids_B), cache, 0)[:, -1]
+        """Feed the condition; logits [B, 1, V] of code 0."""
+        return self._run(self.cls_embedding(class_ids_B), cache, 0)[:, -1:]
 
-    def decode_one(self, tokens_B: Tensor, position: int, cache: list[LayerCache]) -> Tensor:
-        """Feed code `position`; logits [B, V] of code `position` + 1."""
-        return self._run(self.tok_embeddings(tokens_B)[:, None], cache, position + 1)[:, -1]
+    def decode_next(self, tokens_B1: Tensor, block: int, cache: list[LayerCache]) -> Tensor:
+        """Feed code `block`; logits [B, 1, V] of code `block` + 1."""
+        return self._run(self.tok_embeddings(tokens_B1), cache, block + 1)
 
     def _run(self, x_BTD: Tensor, cache: list[LayerCache] | None, start: int) -> Tensor:
         table = self.rotary[start : start + x_BTD.shape[1]]

@@ -1,9 +1,10 @@
 """What every policy family offers to the sampler and the learner.
 
 Owns the protocol alone. Behaviour never depends on train() or eval(): a dropped condition is
-the null class, passed like any other.
+the null class, passed like any other. Tokens are drawn in blocks: one token at a time in a
+next-token policy, all tokens of a scale at once in a next-scale one.
 
-Shapes: B images, L image tokens, V codebook.
+Shapes: B images, L image tokens, n tokens of a block, V codebook.
 """
 
 from typing import Any, Protocol
@@ -19,21 +20,26 @@ class Policy(Protocol):
     codebook_size: int
     """V."""
     num_classes: int
+    """Conditions: classes, or encoded captions."""
     null_class: int | None
     """Class id that stands for no condition; None if guidance is impossible."""
+    block_sizes: tuple[int, ...]
+    """Tokens drawn together, in order; they sum to L."""
+    guidance_ramp: tuple[float, ...]
+    """Per block the share of the guidance that applies: all 1, or rising over VAR's scales."""
 
     def teacher_forced(self, class_ids_B: Tensor, tokens_BL: Tensor) -> Tensor:
-        """Logits [B, L, V] of every token given the ones before it, in one pass."""
+        """Logits [B, L, V] float32 of every token given the blocks before its own, in one pass."""
         ...
 
     def allocate_cache(self, batch: int) -> Any:
-        """Static buffers for `prefill` and `decode_one`."""
+        """Static buffers for `prefill` and `decode_next`."""
         ...
 
     def prefill(self, class_ids_B: Tensor, cache: Any) -> Tensor:
-        """Logits [B, V] of the first token."""
+        """Logits [B, n, V] float32 of the first block."""
         ...
 
-    def decode_one(self, tokens_B: Tensor, position: int, cache: Any) -> Tensor:
-        """Logits [B, V] of token `position` + 1, given token `position`."""
+    def decode_next(self, tokens_Bn: Tensor, block: int, cache: Any) -> Tensor:
+        """Logits [B, n', V] float32 of block `block` + 1, given the tokens of block `block`."""
         ...

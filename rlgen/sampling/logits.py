@@ -9,12 +9,30 @@ Shapes: `...` any leading shape, V codebook.
 import torch
 from torch import Tensor
 
+from rlgen.policies.protocol import Policy
 from rlgen.types import SamplingSettings
 
 
-def guide(conditional: Tensor, unconditional: Tensor, cfg_scale: float) -> Tensor:
-    """Classifier-free guidance: u + s (c - u). Source: arXiv:2207.12598."""
+def guide(conditional: Tensor, unconditional: Tensor, cfg_scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance: u + s (c - u). Source: arXiv:2207.12598.
+
+    VAR writes (1 + t) c - t u, which is this with s = 1 + t.
+    """
     return unconditional + cfg_scale * (conditional - unconditional)
+
+
+def guidance_scales(policy: Policy, settings: SamplingSettings) -> list[float]:
+    """The guidance scale of each block: 1 + (cfg_scale - 1) * ramp.
+
+    Blocks after cfg_interval + 1 are not guided, as in LlamaGen, where block 0 is the prefill.
+    """
+    last = len(policy.guidance_ramp)
+    if settings.cfg_interval is not None:
+        last = settings.cfg_interval + 1
+    return [
+        1.0 + (settings.cfg_scale - 1.0) * (share if block <= last else 0.0)
+        for block, share in enumerate(policy.guidance_ramp)
+    ]
 
 
 def processed_logprobs(logits: Tensor, settings: SamplingSettings) -> Tensor:

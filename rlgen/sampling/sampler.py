@@ -13,7 +13,7 @@ import torch
 
 from rlgen.errors import RolloutError
 from rlgen.nn.flat import unpack_weights
-from rlgen.sampling.next_token import sample_tokens
+from rlgen.sampling.decode import sample_tokens
 from rlgen.sampling.noise import uniform_noise
 from rlgen.types import Rollout, WeightManifest, WorkUnit
 

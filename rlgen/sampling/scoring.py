@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rlgen.policies.protocol import Policy
-from rlgen.sampling.logits import entropy, guide, processed_logprobs
-from rlgen.sampling.next_token import check_guidance, with_null_half
+from rlgen.sampling.decode import check_guidance, with_null_half
+from rlgen.sampling.logits import entropy, guidance_scales, guide, processed_logprobs
 from rlgen.types import SamplingSettings
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -40,7 +40,10 @@ def score_tokens(
     if settings.is_guided:
         both = run(with_null_half(policy, class_ids_B), tokens_BL.repeat(2, 1))
         conditional, unconditional = both.chunk(2)
-        logits_BLV = guide(conditional, unconditional, settings.cfg_scale)
+        scales = torch.tensor(guidance_scales(policy, settings), device=both.device)
+        sizes = torch.tensor(policy.block_sizes, device=both.device)
+        scale_L1 = scales.repeat_interleave(sizes, output_size=policy.num_tokens)[:, None]
+        logits_BLV = guide(conditional, unconditional, scale_L1)
     else:
         logits_BLV = run(class_ids_B, tokens_BL)
     logprobs_BLV = processed_logprobs(logits_BLV, settings)

@@ -34,6 +34,7 @@ def training_settings(config: RunConfig) -> SamplingSettings:
     rollout = config.rollout
     return SamplingSettings(
         cfg_scale=rollout.cfg_scale,
+        cfg_interval=rollout.cfg_interval,
         temperature=rollout.temperature,
         top_k=rollout.top_k,
         top_p=rollout.top_p,

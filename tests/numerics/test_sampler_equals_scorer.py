@@ -15,7 +15,7 @@ from rlgen.errors import ConfigError, RolloutError
 from rlgen.nn.attention import RotaryAttention
 from rlgen.nn.rotary import apply_rotary, rotary_table_2d
 from rlgen.sampling.logits import processed_logprobs
-from rlgen.sampling.next_token import check_guidance, sample_tokens
+from rlgen.sampling.decode import check_guidance, sample_tokens
 from rlgen.sampling.scoring import score_tokens
 from rlgen.types import Rollout, SamplingSettings, WorkUnit
 from tests.tiny import sampler_of, tiny_policy
@@ -93,11 +93,11 @@ def test_cached_decoding_gives_the_logits_of_the_full_pass() -> None:
     cache = policy.allocate_cache(5)
     steps = [policy.prefill(class_ids_B, cache)]
     steps += [
-        policy.decode_one(tokens_BL[:, position], position, cache)
+        policy.decode_next(tokens_BL[:, position, None], position, cache)
         for position in range(policy.num_tokens - 1)
     ]
     # Logits of order 1 to 5 in float32.
-    torch.testing.assert_close(torch.stack(steps, dim=1), full_BLV, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(torch.cat(steps, dim=1), full_BLV, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(

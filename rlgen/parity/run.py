@@ -1,0 +1,38 @@
+"""Which runner computes which family's cases."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlgen.errors import ConfigError, RlgenError
+from rlgen.parity.cases import Case, Comparison, Outputs, compare, load_case
+from rlgen.parity.filters import run_filters
+from rlgen.parity.llamagen import run_llamagen_c2i, run_llamagen_t2i
+from rlgen.parity.tokenizers import run_llamagen_vq, run_taming_vqgan, run_var_vqvae
+from rlgen.parity.var import run_var
+from rlgen.parity.vqgan_gpt import run_vqgan_gpt
+
+RUNNERS: dict[str, Callable[[Case], Outputs]] = {
+    "llamagen_gpt_c2i": run_llamagen_c2i,
+    "llamagen_gpt_t2i": run_llamagen_t2i,
+    "llamagen_vq": run_llamagen_vq,
+    "var": run_var,
+    "var_vqvae": run_var_vqvae,
+    "taming_mingpt": run_vqgan_gpt,
+    "taming_vqgan": run_taming_vqgan,
+    "sampling_filters": run_filters,
+}
+
+
+def run_case(folder: Path, entry: dict[str, Any]) -> list[Comparison]:
+    """Compute one case and compare; what can't be computed is one failed comparison."""
+    try:
+        family = entry["family"]
+        if family not in RUNNERS:
+            raise ConfigError(f"family {family} is unknown; known are {', '.join(RUNNERS)}.")
+        case = load_case(folder, entry)
+        return compare(case, RUNNERS[family](case))
+    except (RlgenError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        return [Comparison("-", np.inf, 0.0, f"{type(error).__name__}: {error}")]
