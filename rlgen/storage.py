@@ -1,22 +1,28 @@
 """Reading and writing bytes by path or fsspec URL.
 
-Owns the difference between local files and object stores, and the rule that a reader never
-sees a half-written file. Must not know what the bytes mean.
+Owns the difference between local files and object stores, the cache of downloaded files, and
+the rule that a reader never sees a half-written file. Must not know what the bytes mean.
 """
 
+import fcntl
+import functools
 import hashlib
+import json
 import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 
-from rlgen.errors import RlgenError, StorageError
+from rlgen.errors import CheckpointError, RlgenError, StorageError
+
+# What filesystems tell of a file's version: HTTP, S3, GCS, memory and others.
+_VERSION_FIELDS = ("etag", "generation", "lastmodified", "mtime", "created", "size")
 
 
 def is_url(location: str) -> bool:
@@ -48,19 +54,33 @@ def open_binary(location: str) -> Iterator[BinaryIO]:
     Raises:
         StorageError: it does not exist or cannot be read, also later in the block.
     """
+    with _errors_of(location), fsspec.open(location, "rb") as stream:
+        yield stream
+
+
+@contextmanager
+def _errors_of(location: str) -> Iterator[None]:
+    """Turn whatever a filesystem raises in the block into a StorageError."""
     shown = without_credentials(location)
     try:
-        with fsspec.open(location, "rb") as stream:
-            yield stream
+        yield
     except RlgenError:
         raise
     except FileNotFoundError as error:
-        raise StorageError(f"{shown} does not exist; check the path or URL.") from error
+        # fsspec's HTTP says this of every failure, and the cause tells which.
+        cause = "" if error.__cause__ is None else f" ({_told(error.__cause__)})"
+        raise StorageError(f"{shown} does not exist{cause}; check the path or URL.") from error
     except Exception as error:  # backends raise types of their own, such as botocore's
         raise StorageError(
-            f"{shown} can't be read ({type(error).__name__}: {error}); check the path or URL, "
-            "its permissions and, for object stores, the credentials in the environment."
+            f"{shown} can't be read ({_told(error)}); check the path or URL, its permissions and, "
+            "for object stores, the credentials in the environment."
         ) from error
+
+
+def _told(error: BaseException) -> str:
+    """Type and message of an error; some repeat a URL with all that is secret in it."""
+    secrets = r"(\w+://)(?:[^/@\s'\"]*@)?([^?\s'\")]*)(?:\?[^\s'\")]*)?"
+    return f"{type(error).__name__}: " + re.sub(secrets, r"\1\2", str(error))
 
 
 def write_bytes(location: str, payload: bytes) -> None:
@@ -129,6 +149,109 @@ def local_copy(location: str) -> Iterator[Path]:
         copy = Path(folder) / location.rsplit("/", 1)[-1]
         copy.write_bytes(read_bytes(location))
         yield copy
+
+
+def cache_root() -> Path:
+    """RLGEN_CACHE, or rlgen in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlgen"
+    return Path(os.environ.get("RLGEN_CACHE", default))
+
+
+def cached_file(location: str, *, sha256: str | None = None) -> Path:
+    """Return a local path to the file, downloading a URL once per machine and version.
+
+    A file is known by its URL and by what the server tells of its version (ETag, modification
+    time, size); a server that tells none is trusted not to change it. Processes that want the
+    same file wait for the one that downloads it.
+
+    Args:
+        location: a local path, which is returned as it is, or an fsspec URL.
+        sha256: digest that the file must have; None checks nothing.
+    Raises:
+        StorageError: it does not exist, can't be read, came incomplete, or the cache can't be
+            written.
+        CheckpointError: another digest; names both, and the cache does not keep the file.
+    """
+    if not is_url(location):
+        path = Path(location.removeprefix("file://"))
+        if not path.is_file():
+            raise StorageError(f"{path} is no file; check the path.")
+        _check_sha256(path, sha256, location)
+        return path
+    size, target = _cache_place(location)
+    with _lock(target.with_name(f".{target.name}.lock")):
+        if not target.is_file():
+            _download(location, size, target)
+        try:
+            _check_sha256(target, sha256, location)
+        except CheckpointError:
+            target.unlink()
+            raise
+    return target
+
+
+def _cache_place(location: str) -> tuple[int | None, Path]:
+    """The size of a remote file, if its server tells, and the path of its copy."""
+    with _errors_of(location):
+        filesystem, path = fsspec.core.url_to_fs(location)
+        info: Mapping[str, Any] = filesystem.info(path)
+    told = {key.lower().replace("-", ""): str(value) for key, value in info.items()}
+    version = {field: told[field] for field in _VERSION_FIELDS if field in told}
+    # The query may choose the file, so it is part of the key; a user's name and password are not.
+    address = re.sub(r"://[^/@]*@", "://", location)
+    key = sha256_hex(json.dumps([address, version], sort_keys=True).encode())[:16]
+    name = re.sub(r"[^\w.+-]", "_", without_credentials(location).rstrip("/").rsplit("/", 1)[-1])
+    return info.get("size"), cache_root() / "files" / f"{key}-{name[-100:]}"
+
+
+def _download(location: str, size: int | None, target: Path) -> None:
+    for left_behind in target.parent.glob(f".{target.name}.*.partial"):  # by a killed process
+        left_behind.unlink()
+    with atomic_path(target) as partial, _errors_of(location):
+        filesystem, path = fsspec.core.url_to_fs(location)
+        filesystem.get_file(path, str(partial))
+        received = partial.stat().st_size
+        if size is not None and received != size:
+            raise StorageError(
+                f"{without_credentials(location)} came incomplete: {received} of {size} bytes; "
+                "run again."
+            )
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock that the kernel frees when the process dies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("w")
+    except OSError as error:
+        raise StorageError(
+            f"the cache {path.parent} can't be written ({error}); set RLGEN_CACHE to a folder "
+            "that can."
+        ) from error
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _check_sha256(path: Path, sha256: str | None, location: str) -> None:
+    if sha256 is None:
+        return
+    status = path.stat()
+    found = _sha256_of_file(str(path), status.st_size, status.st_mtime_ns)
+    if found != sha256.lower():
+        raise CheckpointError(
+            f"{without_credentials(location)} has the sha256 {found}, not {sha256}: it is another "
+            "version, or damaged. Get the file again, or correct the digest."
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of_file(path: str, num_bytes: int, mtime_ns: int) -> str:
+    """Digest of a file; size and time are there to tell when it is another one."""
+    del num_bytes, mtime_ns
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def join(root: str, *parts: str) -> str:

@@ -31,6 +31,7 @@ from rlgen.moments.moments import batch_moments
 from rlgen.moments.reference import ReferenceMoments, save_reference
 from rlgen.policies.load import save_policy
 from rlgen.rewards.open_clip_model import save_open_clip
+from rlgen.storage import cache_root
 from rlgen.tokenizers.conv_vq import load_conv_vq, save_conv_vq
 
 Report = Callable[[str, int, int], None]
@@ -61,12 +62,6 @@ class DigitsAssets:
     def exist(self) -> bool:
         """Whether both parts were trained."""
         return self.folder.is_dir() and self.policy.is_file()
-
-
-def cache_root() -> Path:
-    """RLGEN_CACHE, or rlgen in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlgen"
-    return Path(os.environ.get("RLGEN_CACHE", default))
 
 
 def locate_assets(config: DigitsConfig) -> DigitsAssets:
