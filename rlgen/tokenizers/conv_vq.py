@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlgen.nn.weights import load_state, make_config, read_weights, save_weights
+from rlgen.tokenizers.codebook import nearest_codes
 
 KIND = "conv_vq"
 STRIDE = 4
@@ -52,28 +53,16 @@ class ConvVQ(nn.Module):
     def __init__(self, config: ConvVQConfig) -> None:
         super().__init__()
         self.config = config
-        outer, inner, decoder = config.outer_width, config.inner_width, config.decoder_width
         dim = config.code_dim
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, outer, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(outer, inner, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(inner, inner, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(inner, dim, 1),
-        )
+        self.encoder = conv_encoder(config.outer_width, config.inner_width, dim)
         self.codebook = nn.Embedding(config.codebook_size, dim)
-        self.decoder = nn.Sequential(
-            nn.Conv2d(dim, decoder, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(decoder, decoder, 3, padding=1),
-            nn.ReLU(),
-            # All work at token resolution: three times as fast on a CPU as transposed ones.
-            nn.Conv2d(decoder, STRIDE**2, 1),
-            nn.PixelShuffle(STRIDE),
-        )
+        self.decoder = conv_decoder(dim, config.decoder_width)
         self.to(memory_format=torch.channels_last)
+
+    @property
+    def image_size(self) -> int:
+        """S."""
+        return self.config.image_size
 
     @property
     def grid_size(self) -> int:
@@ -105,7 +94,7 @@ class ConvVQ(nn.Module):
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Return images of codes: [B, 3, S, S] in [0, 1], gray repeated (one memory)."""
         gray = self._decode_codes(self.codebook(tokens_BL.reshape(-1).long()))
-        return gray.add(1).mul(0.5).clamp(0, 1).expand(-1, 3, -1, -1)
+        return gray_to_rgb_01(gray)
 
     def forward(self, images_01: Tensor) -> ConvVQOutput:
         """Encode, quantise straight-through and decode, with losses.
@@ -118,8 +107,7 @@ class ConvVQ(nn.Module):
         tokens = self._nearest(latents.detach())
         codes = self.codebook(tokens)
         straight_through = latents + (codes - latents).detach()
-        target = images_01.mean(1, keepdim=True) * 2 - 1
-        mse = F.mse_loss(self._decode_codes(straight_through), target)
+        mse = F.mse_loss(self._decode_codes(straight_through), rgb_01_to_gray(images_01))
         codebook_loss = F.mse_loss(codes, latents.detach())
         commitment_loss = F.mse_loss(latents, codes.detach())
         return ConvVQOutput(
@@ -130,18 +118,52 @@ class ConvVQ(nn.Module):
         )
 
     def _latents(self, images_01: Tensor) -> Tensor:
-        grid = self.encoder(images_01.mean(1, keepdim=True) * 2 - 1)
+        grid = self.encoder(rgb_01_to_gray(images_01))
         return grid.permute(0, 2, 3, 1).flatten(0, 2)  # (B, C, g, g) -> (B*L, C)
 
     def _nearest(self, latents: Tensor) -> Tensor:
-        codes = self.codebook.weight.detach()
-        # |z - c|^2 without |z|^2, which is the same for all codes.
-        return torch.addmm(codes.pow(2).sum(1), latents, codes.T, alpha=-2).argmin(1)
+        return nearest_codes(latents, self.codebook.weight)
 
     def _decode_codes(self, codes: Tensor) -> Tensor:
         side = self.grid_size
         # (B*L, C) -> (B, C, g, g)
         return self.decoder(codes.view(-1, side, side, codes.shape[-1]).permute(0, 3, 1, 2))
+
+
+def conv_encoder(outer_width: int, inner_width: int, code_dim: int) -> nn.Sequential:
+    """Gray images [B, 1, S, S] in -1..1 to latents [B, C, S / 4, S / 4]."""
+    return nn.Sequential(
+        nn.Conv2d(1, outer_width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(outer_width, inner_width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(inner_width, inner_width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(inner_width, code_dim, 1),
+    )
+
+
+def conv_decoder(code_dim: int, width: int) -> nn.Sequential:
+    """Codes [B, C, S / 4, S / 4] to gray images [B, 1, S, S], around -1..1."""
+    return nn.Sequential(
+        nn.Conv2d(code_dim, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        # All work at token resolution: three times as fast on a CPU as transposed ones.
+        nn.Conv2d(width, STRIDE**2, 1),
+        nn.PixelShuffle(STRIDE),
+    )
+
+
+def rgb_01_to_gray(images_01: Tensor) -> Tensor:
+    """[B, 3, S, S] in 0..1 to the mean of the channels, [B, 1, S, S] in -1..1."""
+    return images_01.mean(1, keepdim=True) * 2 - 1
+
+
+def gray_to_rgb_01(gray: Tensor) -> Tensor:
+    """[B, 1, S, S] around -1..1 to [B, 3, S, S] in [0, 1], one memory for all channels."""
+    return gray.add(1).mul(0.5).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
 def save_conv_vq(location: str, tokenizer: ConvVQ) -> None:
