@@ -7,7 +7,7 @@ caller names the one it expects, builds the module from the config and loads the
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rlgen.errors import CheckpointError, StorageError
+from rlgen.nn.fit import mismatches
 from rlgen.storage import local_copy, open_binary, without_credentials, write_bytes
 
 ConfigT = TypeVar("ConfigT")
@@ -26,7 +27,6 @@ CONFIG_KEY = "rlgen.config"
 _PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl"}
 # A ViT-H names 686 tensors in 80 kB; a length beyond this is not a length.
 _MAX_HEADER_BYTES = 100_000_000
-_MAX_NAMES_LISTED = 8
 
 
 def save_weights(
@@ -194,35 +194,18 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], location: str) ->
     Raises:
         CheckpointError: names the missing, unexpected and mis-shaped tensors.
     """
-    own = module.state_dict()
-    problems = [
-        f"{len(names)} {what} ({_listed(names)})"
-        for what, names in (
-            ("missing", own.keys() - state.keys()),
-            ("unexpected", state.keys() - own.keys()),
-            (
-                "mis-shaped",
-                {
-                    f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
-                    for name in own.keys() & state.keys()
-                    if own[name].shape != state[name].shape
-                },
-            ),
-        )
-        if names
-    ]
+    problems = mismatches(shapes_of(module.state_dict()), shapes_of(state))
     if problems:
         raise CheckpointError(
             f"{without_credentials(location)} does not fit {type(module).__name__}: tensors "
-            f"{'; '.join(problems)}. Check that the file belongs to this model and config."
+            f"{problems}. Check that the file belongs to this model and config."
         )
     module.load_state_dict(dict(state))
 
 
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = len(ordered) - _MAX_NAMES_LISTED
-    return ", ".join(ordered[:_MAX_NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
