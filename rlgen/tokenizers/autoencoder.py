@@ -13,6 +13,7 @@ FoundationVision/LlamaGen and FoundationVision/VAR.
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -104,6 +105,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, *, has_fused_qkv: bool) -> None:
         super().__init__()
         self.has_fused_qkv = has_fused_qkv
+        self.scale = channels**-0.5
         self.norm = _norm(channels)
         if has_fused_qkv:
             self.qkv = _conv1(channels, 3 * channels)
@@ -120,10 +122,12 @@ class AttentionBlock(nn.Module):
             maps = self.qkv(normed).chunk(3, dim=1)
         else:
             maps = (self.q(normed), self.k(normed), self.v(normed))
-        # (B, C, H, W) -> (B, one head, T, C)
-        q, k, v = (one.flatten(2).mT[:, None] for one in maps)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return x_BCHW + self.proj_out(attended[:, 0].mT.unflatten(2, x_BCHW.shape[2:]))
+        q_BCT, k_BCT, v_BCT = (one.flatten(2) for one in maps)
+        # Not the fused attention: its other order of sums, enlarged by the decoder, would use up
+        # most of what float32 leaves between this and the published numbers.
+        scores_BTT = torch.bmm(q_BCT.mT, k_BCT) * self.scale
+        attended_BCT = torch.bmm(v_BCT, scores_BTT.softmax(-1).mT)
+        return x_BCHW + self.proj_out(attended_BCT.unflatten(2, x_BCHW.shape[2:]))
 
 
 def build_encoder(layout: Layout, sizes: Sizes) -> Chain:

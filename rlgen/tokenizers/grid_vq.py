@@ -38,7 +38,8 @@ class Codebook(nn.Module):
 
     def look_up(self, tokens_Bhw: Tensor) -> Tensor:
         """The codes as a map: [B, C, h, w]."""
-        return self._scaled(self.embedding(tokens_Bhw.long())).movedim(-1, 1)
+        # Contiguous, because the nets lose precision in the channels-last layout.
+        return self._scaled(self.embedding(tokens_Bhw.long())).movedim(-1, 1).contiguous()
 
     def _scaled(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.has_unit_length else vectors

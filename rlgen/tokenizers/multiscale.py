@@ -167,7 +167,8 @@ class MultiScaleQuantizer(nn.Module):
         map_BCpp = self.embedding(tokens_Bn.long()).float().mT.unflatten(2, (side, side))
         if side != last:
             map_BCpp = F.interpolate(map_BCpp, size=(last, last), mode="bicubic")
-        return self._phi_of_scale[scale](map_BCpp)
+        # Contiguous, because the nets lose precision in the channels-last layout.
+        return self._phi_of_scale[scale](map_BCpp).contiguous()
 
     def _at_scale(self, map_BCPP: Tensor, scale: int) -> Tensor:
         """The map averaged down to a scale's size, in raster order: [B, n, C]."""
