@@ -84,15 +84,18 @@ def run_var_vqvae(case: Case) -> Outputs:
 @torch.inference_mode()
 def _run_grid(case: Case, tokenizer: GridVQ) -> Outputs:
     tokenizer.load_public_state_dict(case.weights(), case.name)
-    latents = tokenizer.latents(_images_01(case))
-    codes = tokenizer.quantize.search(latents)
-    return {
-        "out.decoded": tokenizer.decode_grid(torch.from_numpy(case.arrays["in.codes"])).numpy(),
-        "out.latent": latents.numpy(),
-        "out.codes": _codes(case, codes, is_sequential=False),
-        "out.quantized": tokenizer.quantize.look_up(codes).numpy(),
-        "out.reconstruction": tokenizer.decode_grid(codes).numpy(),
-    }
+    outputs: Outputs = {}
+    if "in.codes" in case.arrays:
+        tokens_Bhw = torch.from_numpy(case.arrays["in.codes"])
+        outputs["out.decoded"] = tokenizer.decode_grid(tokens_Bhw).numpy()
+    if "in.image_u8" in case.arrays:
+        latents = tokenizer.latents(_images_01(case))
+        codes = tokenizer.quantize.search(latents)
+        outputs["out.latent"] = latents.numpy()
+        outputs["out.codes"] = _codes(case, codes, is_sequential=False)
+        outputs["out.quantized"] = tokenizer.quantize.look_up(codes).numpy()
+        outputs["out.reconstruction"] = tokenizer.decode_grid(codes).numpy()
+    return outputs
 
 
 def _images_01(case: Case) -> Tensor:
