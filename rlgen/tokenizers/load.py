@@ -16,7 +16,6 @@ from rlgen.storage import without_credentials
 from rlgen.tokenizers.conv_vq import KIND as CONV_VQ
 from rlgen.tokenizers.conv_vq import ConvVQ, ConvVQConfig
 from rlgen.tokenizers.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
-from rlgen.tokenizers.multiscale_conv_vq import KIND as MULTISCALE_CONV_VQ
 from rlgen.tokenizers.multiscale_conv_vq import MultiScaleConvVQ, MultiScaleConvVQConfig
 from rlgen.tokenizers.taming_vqgan import TamingVQGAN, TamingVQGANConfig
 from rlgen.tokenizers.var_vqvae import VarVQVAE, VarVQVAEConfig
@@ -26,7 +25,7 @@ AnyTokenizer = ConvVQ | MultiScaleConvVQ | LlamaGenVQ | TamingVQGAN | VarVQVAE
 
 _FAMILIES: dict[str, tuple[type[AnyTokenizer], type]] = {
     CONV_VQ: (ConvVQ, ConvVQConfig),
-    MULTISCALE_CONV_VQ: (MultiScaleConvVQ, MultiScaleConvVQConfig),
+    "multiscale_conv_vq": (MultiScaleConvVQ, MultiScaleConvVQConfig),
     "llamagen_vq": (LlamaGenVQ, LlamaGenVQConfig),
     "taming_vqgan": (TamingVQGAN, TamingVQGANConfig),
     "var_vqvae": (VarVQVAE, VarVQVAEConfig),

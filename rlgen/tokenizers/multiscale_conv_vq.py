@@ -4,14 +4,13 @@ Owns the training loss over the scales; must not know the data nor the optimiser
 Shapes: B images, S image side, L tokens of all scales, V codes, C code dimensions.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlgen.errors import ConfigError
-from rlgen.nn.weights import save_weights
 from rlgen.tokenizers.conv_vq import (
     STRIDE,
     ConvVQOutput,
@@ -21,8 +20,6 @@ from rlgen.tokenizers.conv_vq import (
     rgb_01_to_gray,
 )
 from rlgen.tokenizers.multiscale import MultiScaleConfig, MultiScaleQuantizer
-
-KIND = "multiscale_conv_vq"
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,3 @@ class MultiScaleConvVQ(nn.Module):
             latents=residuals_BLC.flatten(0, 1),
             tokens_BL=tokens_BL,
         )
-
-
-def save_multiscale_conv_vq(location: str, tokenizer: MultiScaleConvVQ) -> None:
-    """Write the tokenizer as a self-describing weight file."""
-    save_weights(location, tokenizer, kind=KIND, config=asdict(tokenizer.config))

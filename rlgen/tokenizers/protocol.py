@@ -10,8 +10,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rlgen.tokenizers.multiscale import MultiScaleQuantizer
-
 
 class Tokenizer(Protocol):
     """Images to codes and back."""
@@ -37,13 +35,4 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Integer codes [B, L] to float32 [B, 3, S, S], clamped to [0, 1]."""
-        ...
-
-
-class MultiScaleTokenizer(Tokenizer, Protocol):
-    """A tokenizer whose quantizer also makes the inputs of a next-scale policy."""
-
-    @property
-    def quantize(self) -> MultiScaleQuantizer:
-        """The scales, and the codes' part of the policy's inputs."""
         ...

@@ -13,13 +13,9 @@ from rlgen.config.digits import DigitsConfig
 from rlgen.digits.data import load_digits_data
 from rlgen.digits.train_multiscale import growing_sides, train_multiscale_tokenizer
 from rlgen.errors import ConfigError
-from rlgen.tokenizers.load import load_tokenizer
+from rlgen.tokenizers.load import load_tokenizer, save_tokenizer
 from rlgen.tokenizers.multiscale import MultiScaleConfig, MultiScaleQuantizer, phi_index
-from rlgen.tokenizers.multiscale_conv_vq import (
-    MultiScaleConvVQ,
-    MultiScaleConvVQConfig,
-    save_multiscale_conv_vq,
-)
+from rlgen.tokenizers.multiscale_conv_vq import MultiScaleConvVQ, MultiScaleConvVQConfig
 
 # Long enough to pass one reset of dead codes, at step 50.
 CONFIG = DigitsConfig(tokenizer_steps=120, augmentations=2)
@@ -233,7 +229,7 @@ def test_training_is_deterministic_and_leaves_the_global_generator_alone(data):
 
 def test_file_round_trip(trained, data, tmp_path):
     path = str(tmp_path / "tokenizer.safetensors")
-    save_multiscale_conv_vq(path, trained)
+    save_tokenizer(path, trained)
     loaded = load_tokenizer(path, device="cpu")
     assert isinstance(loaded, MultiScaleConvVQ)
     assert loaded.config == trained.config
