@@ -54,8 +54,8 @@ class WorkUnit:
     """int64 [P]."""
     group_size: int
     settings: SamplingSettings
-    num_kept_images: int = 0
-    """How many images, from the first on, the reward worker returns as thumbnails."""
+    kept_images: tuple[int, ...] = ()
+    """Which of the unit's images the reward worker returns as thumbnails."""
 
     @property
     def num_images(self) -> int:
@@ -90,7 +90,7 @@ class ScoredRollout:
     judge_hits_B: np.ndarray | None
     """bool [B]: the judge recognises the image's class; None if the judge knows no classes."""
     images_u8: np.ndarray | None
-    """uint8 [num_kept_images, 3, H, W]."""
+    """uint8 [len(kept_images), 3, H, W]."""
     scoring_s: float
 
 

@@ -32,7 +32,7 @@ def learner_loop(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(config.learner.threads)
     device = get_device()
-    learner = Learner(load_policy(config.policy.checkpoint, device=device), config, device=device)
+    learner = Learner(load_policy(config, device=device), config, device=device)
     if settings["resume_from"] is not None:
         restore_learner(learner, settings["resume_from"])
     _publish(learner, weights, rank)
@@ -58,13 +58,13 @@ def _obey(command: LearnerCommand, learner: Learner, weights: Any, rank: int) ->
         _publish(learner, weights, rank)
         return metrics
     if command.kind == "digest":
-        return state_sha256(learner.policy.state_dict()) if rank == 0 else None
+        return state_sha256(learner.policy_state()) if rank == 0 else None
     return save_learner(learner, command.uri) if rank == 0 else None
 
 
 def _publish(learner: Learner, weights: Any, rank: int) -> None:
     if rank == 0:
-        manifest, buffer = pack_weights(learner.policy.state_dict(), version=learner.policy_version)
+        manifest, buffer = pack_weights(learner.policy_state(), version=learner.policy_version)
         ray.get(weights.publish.remote(manifest, buffer))
 
 

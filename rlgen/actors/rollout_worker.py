@@ -26,8 +26,8 @@ class RolloutWorker:
         self._name = name
         self._coordinator = coordinator
         self._weights = weights
-        policy = load_policy(config.policy.checkpoint, device=device)
-        self._sampler = Sampler(policy, device=device)
+        policy = load_policy(config, device=device)
+        self._sampler = Sampler(policy, device=device, dtype=config.rollout.dtype)
 
     def ready(self) -> str:
         """Answer once the model is loaded."""

@@ -3,7 +3,7 @@
 Owns what is trained by the `pretrain` job; every field below enters the cache key.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from rlgen.config.base import PositiveInt, Section
 class DigitsConfig(Section):
     """How the embedded default's data and models are made."""
 
+    family: Literal["llamagen", "vqgan", "var"] = "llamagen"
+    """Architecture of the tiny policy; `var` gets a multi-scale tokenizer."""
     image_size: Annotated[int, Field(ge=16, multiple_of=16)] = 16
     """Side of an image in pixels; scikit-learn's 8x8 digits are enlarged to it."""
     num_heldout: Annotated[int, Field(ge=100, le=900)] = 297
@@ -26,7 +28,7 @@ class DigitsConfig(Section):
     codebook_size: Annotated[int, Field(ge=8)] = 64
     """Codes of the tokenizer."""
     tokenizer_steps: PositiveInt = 600
-    """Optimiser steps of the tokenizer, at batch 128."""
+    """Optimiser steps of each tokenizer, at batch 128."""
     feature_steps: PositiveInt = 400
     """Optimiser steps of the feature net, and of the judge, at batch 128."""
     clip_steps: PositiveInt = 500
@@ -42,4 +44,5 @@ class DigitsConfig(Section):
     policy_steps: PositiveInt = 280
     """Optimiser steps of the base policy, at batch 128: left short of perfect on purpose."""
     class_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.15
-    """Share of labels replaced by the null class in pretraining, which makes guidance possible."""
+    """Share of labels replaced by the null class in pretraining, which makes guidance possible;
+    a `vqgan` policy has a null class only if this is above 0."""

@@ -21,6 +21,8 @@ class GrpoConfig(Section):
     """Ratios over 1 plus this gain nothing more."""
     kl_coef: NonNegative = 0.004
     """Weight of the k3 KL to the reference policy; 0 saves the reference pass."""
+    kl_level: Literal["token", "sequence"] = "token"
+    """k3 of each token, or of the image's mean log-prob."""
     reference: Literal["frozen", "ema"] = "frozen"
     """Reference policy: the base, or a moving average of the trained one."""
     reference_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99

@@ -29,7 +29,7 @@ class PublicFile(Section):
     model: str | None = None
     """Published model that the file holds, such as `llamagen-l-256` (config/models.py lists all);
     null for a file that rlgen wrote."""
-    architecture: dict[str, Any] = {}
+    architecture: dict[str, Any] = Field(default_factory=dict)
     """Fields that differ from the published model's, such as `num_classes: 100`."""
     sha256: str | None = None
     """Digest that the file must have; null checks nothing."""
@@ -200,6 +200,27 @@ class RunConfig(Section):
     def images_per_step(self) -> int:
         """conditions_per_step * group_size."""
         return self.rollout.conditions_per_step * self.rollout.group_size
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether sampler and learner both compute in float32."""
+        return self.rollout.dtype == self.learner.dtype == "float32"
+
+    @model_validator(mode="after")
+    def _formats_fit(self) -> Self:
+        rollout = self.rollout
+        if not self.is_exact and (rollout.top_k > 0 or rollout.top_p < 1.0):
+            raise ValueError(
+                f"rollout.dtype = {rollout.dtype} and learner.dtype = {self.learner.dtype} may cut "
+                f"off different codes at rollout.top_k = {rollout.top_k} and rollout.top_p = "
+                f"{rollout.top_p}; use float32 for both, or top_k 0 and top_p 1"
+            )
+        if self.learner.lora is not None and self.grpo.reference == "ema":
+            raise ValueError(
+                "grpo.reference = ema needs a second copy of the weights, which learner.lora "
+                "saves; use reference frozen, or lora null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_algebra_holds(self) -> Self:

@@ -22,6 +22,7 @@ from rlgen.config.run import RunConfig
 from rlgen.digits.data import DigitsData, load_digits_data
 from rlgen.digits.train_clip import train_clip
 from rlgen.digits.train_features import train_feature_net, train_judge
+from rlgen.digits.train_multiscale import train_multiscale_tokenizer
 from rlgen.digits.train_policy import train_policy
 from rlgen.digits.train_preference import train_preference
 from rlgen.digits.train_tokenizer import train_tokenizer
@@ -32,13 +33,14 @@ from rlgen.moments.reference import ReferenceMoments, save_reference
 from rlgen.policies.load import save_policy
 from rlgen.rewards.open_clip_model import save_open_clip
 from rlgen.storage import cache_root
-from rlgen.tokenizers.conv_vq import load_conv_vq, save_conv_vq
+from rlgen.tokenizers.load import load_tokenizer, save_tokenizer
 
 Report = Callable[[str, int, int], None]
 """Called with what is trained, and the steps done and in all."""
 
 _CODE = ("digits", "tokenizers", "features", "policies", "nn", "moments", "rewards/open_clip_model")
 _POLICY_FIELDS = (
+    "family",
     "policy_seed",
     "policy_width",
     "policy_layers",
@@ -55,13 +57,15 @@ class DigitsAssets:
     """Where the files are."""
 
     folder: Path
-    """Everything but the policy, which has its own settings and seed."""
+    """What all families share: nets, references, and the single-scale tokenizer."""
+    tokenizer: Path
+    """The policy's tokenizer; VAR's is a file of its own."""
     policy: Path
 
     @property
     def exist(self) -> bool:
-        """Whether both parts were trained."""
-        return self.folder.is_dir() and self.policy.is_file()
+        """Whether all parts were trained."""
+        return self.tokenizer.is_file() and self.policy.is_file()
 
 
 def locate_assets(config: DigitsConfig) -> DigitsAssets:
@@ -70,7 +74,12 @@ def locate_assets(config: DigitsConfig) -> DigitsAssets:
     policy_settings = {name: settings.pop(name) for name in _POLICY_FIELDS}
     code = _code_version()
     folder = cache_root() / f"digits-{_key(settings, code)}"
-    return DigitsAssets(folder, folder / f"policy-{_key(policy_settings, code)}.safetensors")
+    single_scale, multi_scale = "tokenizer.safetensors", "multiscale_tokenizer.safetensors"
+    return DigitsAssets(
+        folder=folder,
+        tokenizer=folder / (multi_scale if config.family == "var" else single_scale),
+        policy=folder / f"policy-{_key(policy_settings, code)}.safetensors",
+    )
 
 
 def ensure_assets(config: DigitsConfig, report: Report) -> DigitsAssets:
@@ -84,8 +93,15 @@ def ensure_assets(config: DigitsConfig, report: Report) -> DigitsAssets:
         data = load_digits_data(config)
         if not assets.folder.is_dir():
             _train_folder(assets.folder, data, config, report)
+        if not assets.tokenizer.is_file():
+            save_tokenizer(
+                str(assets.tokenizer),
+                train_multiscale_tokenizer(
+                    data, config, on_step=_named(report, "multi-scale tokenizer")
+                ),
+            )
         if not assets.policy.is_file():
-            tokenizer = load_conv_vq(str(assets.folder / "tokenizer.safetensors"))
+            tokenizer = load_tokenizer(str(assets.tokenizer), device=torch.device("cpu"))
             policy = train_policy(
                 data, tokenizer, config, on_step=lambda *steps: report("base policy", *steps)
             )
@@ -100,7 +116,7 @@ def resolve_embedded(config: RunConfig, assets: DigitsAssets) -> RunConfig:
     folder = assets.folder
     paths = {
         "policy.checkpoint": assets.policy,
-        "tokenizer.checkpoint": folder / "tokenizer.safetensors",
+        "tokenizer.checkpoint": assets.tokenizer,
         "reward.loo_fid.extractor": folder / "features.safetensors",
         "reward.loo_fid.reference": folder / "reference_moments.npz",
         "evaluation.judge": folder / "judge.safetensors",
@@ -116,7 +132,7 @@ def _train_folder(folder: Path, data: DigitsData, config: DigitsConfig, report: 
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         tokenizer = train_tokenizer(data, config, on_step=_named(report, "tokenizer"))
-        save_conv_vq(str(partial / "tokenizer.safetensors"), tokenizer)
+        save_tokenizer(str(partial / "tokenizer.safetensors"), tokenizer)
         net = train_feature_net(data, config, on_step=_named(report, "feature net"))
         save_convnet(str(partial / "features.safetensors"), net)
         judge = train_judge(data, config, on_step=_named(report, "judge"))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlgen.digits.data import DigitImages
-from rlgen.tokenizers.conv_vq import ConvVQ
+from rlgen.tokenizers.protocol import Tokenizer
 
 Range = tuple[float, float]
 NOISE_STD: Range = (0.15, 0.5)
@@ -23,12 +23,12 @@ ERASED_SIDE: Range = (0.35, 0.6)
 MIN_CODES = 2
 MAX_CODES_FRACTION = 0.5
 
-Damage = Callable[[DigitImages, Tensor, ConvVQ, torch.Generator], Tensor]
+Damage = Callable[[DigitImages, Tensor, Tokenizer, torch.Generator], Tensor]
 """(images, rows [N], tokenizer, generator) to damaged copies of the rows: [N, 3, S, S]."""
 
 
 def replace_codes(
-    images: DigitImages, rows: Tensor, tokenizer: ConvVQ, generator: torch.Generator
+    images: DigitImages, rows: Tensor, tokenizer: Tokenizer, generator: torch.Generator
 ) -> Tensor:
     """Replace between two and half of the codes by any others, and decode."""
     tokens_NL = tokenizer.encode(images.images_rgb_01[rows])
@@ -39,7 +39,7 @@ def replace_codes(
 
 
 def borrow_codes(
-    images: DigitImages, rows: Tensor, tokenizer: ConvVQ, generator: torch.Generator
+    images: DigitImages, rows: Tensor, tokenizer: Tokenizer, generator: torch.Generator
 ) -> Tensor:
     """Replace codes by what another digit of another class has in the same place, and decode.
 
@@ -52,7 +52,7 @@ def borrow_codes(
 
 
 def swap_class(
-    images: DigitImages, rows: Tensor, tokenizer: ConvVQ, generator: torch.Generator
+    images: DigitImages, rows: Tensor, tokenizer: Tokenizer, generator: torch.Generator
 ) -> Tensor:
     """Give a clean digit of another class; half of them as reconstructions."""
     other = images.images_rgb_01[_rows_of_other_classes(images, rows, generator)]
@@ -60,7 +60,7 @@ def swap_class(
 
 
 def blur(
-    images: DigitImages, rows: Tensor, tokenizer: ConvVQ, generator: torch.Generator
+    images: DigitImages, rows: Tensor, tokenizer: Tokenizer, generator: torch.Generator
 ) -> Tensor:
     """Blur by a Gaussian of random width."""
     images_01 = images.images_01[rows]
@@ -80,7 +80,7 @@ def blur(
 
 
 def add_noise(
-    images: DigitImages, rows: Tensor, tokenizer: ConvVQ, generator: torch.Generator
+    images: DigitImages, rows: Tensor, tokenizer: Tokenizer, generator: torch.Generator
 ) -> Tensor:
     """Add Gaussian noise of random strength to every pixel."""
     images_01 = images.images_01[rows]
@@ -90,7 +90,7 @@ def add_noise(
 
 
 def erase_patch(
-    images: DigitImages, rows: Tensor, tokenizer: ConvVQ, generator: torch.Generator
+    images: DigitImages, rows: Tensor, tokenizer: Tokenizer, generator: torch.Generator
 ) -> Tensor:
     """Erase a square at a random place that covers ink: its center is near the image's."""
     images_01 = images.images_01[rows]
@@ -115,7 +115,9 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-def mix_reconstructions(images_01: Tensor, tokenizer: ConvVQ, generator: torch.Generator) -> Tensor:
+def mix_reconstructions(
+    images_01: Tensor, tokenizer: Tokenizer, generator: torch.Generator
+) -> Tensor:
     """Replace a random half of the images by the tokenizer's reconstruction of them."""
     reconstructed = tokenizer.decode(tokenizer.encode(images_01))
     chosen = torch.rand(len(images_01), generator=generator) < 0.5

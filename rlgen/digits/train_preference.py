@@ -19,7 +19,7 @@ from rlgen.digits.damage import DAMAGES, mix_reconstructions
 from rlgen.digits.data import DigitsData
 from rlgen.digits.optimise import OnStep, draw_rows, minimize
 from rlgen.digits.train_clip import digits_preprocess
-from rlgen.tokenizers.conv_vq import ConvVQ
+from rlgen.tokenizers.protocol import Tokenizer
 
 PAIRS = {
     "replace_codes": 14,
@@ -39,7 +39,7 @@ def train_preference(
     data: DigitsData,
     clip: open_clip.CLIP,
     clip_config: dict[str, Any],
-    tokenizer: ConvVQ,
+    tokenizer: Tokenizer,
     config: DigitsConfig,
     *,
     on_step: OnStep | None = None,

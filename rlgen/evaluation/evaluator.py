@@ -117,7 +117,7 @@ class Evaluator:
         return {scale: median(measured) for scale, measured in speeds.items()}
 
     def _units(self, policy_version: int, cfg_scale: float, *, num_images: int) -> list[WorkUnit]:
-        per_class = self.config.evaluation.grid_images_per_class
+        evaluation = self.config.evaluation
         return independent_units(
             self.config,
             "evaluate",
@@ -125,5 +125,6 @@ class Evaluator:
             seed=self.config.evaluation.seed,
             policy_version=policy_version,
             settings=replace(training_settings(self.config), cfg_scale=cfg_scale),
-            num_kept_images=len(self.config.class_names) * per_class,
+            kept_classes=evaluation.grid_classes,
+            kept_per_class=evaluation.grid_images_per_class,
         )

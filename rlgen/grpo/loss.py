@@ -1,10 +1,12 @@
 """The policy loss and the KL penalty: pure functions on tensors.
 
-Shapes: B images, L image tokens. All log-probs are nats of the drawn tokens.
+Shapes: B images, L image tokens. All log-probs are nats of the drawn tokens. Means over tokens are
+weighted with weights_L, whose own mean is 1; None weighs all tokens alike.
 Source: arXiv:2402.03300 (GRPO), arXiv:1707.06347 (clipping); the sequence ratio follows
 arXiv:2507.18071.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +34,7 @@ def clipped_surrogate(
     ratio: Literal["token", "sequence"],
     clip_low: float,
     clip_high: float,
+    weights_L: Tensor | None = None,
 ) -> Surrogate:
     """-min(r A, clip(r) A), with one ratio per token or per image.
 
@@ -42,27 +45,65 @@ def clipped_surrogate(
         ratio: "token": exp(new - old) of each token; "sequence": exp of the mean difference.
         clip_low: ratios under 1 - clip_low gain nothing.
         clip_high: ratios over 1 + clip_high gain nothing.
+        weights_L: float32, of the tokens.
     """
     difference = logprobs_BL - rollout_logprobs_BL
     if ratio == "sequence":
-        difference = difference.mean(dim=1, keepdim=True)
+        difference = token_mean(difference, weights_L)[:, None]
+        weights_L = None
     ratios = difference.exp()
     advantages = advantages_B[:, None]
     free = ratios * advantages
     limited = ratios.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     return Surrogate(
-        loss_B=-torch.minimum(free, limited).mean(dim=1),
+        loss_B=-token_mean(torch.minimum(free, limited), weights_L),
         ratio=ratios.detach(),
         clipped=(limited < free).detach(),
     )
 
 
-def k3_divergence(logprobs_BL: Tensor, ref_logprobs_BL: Tensor) -> Tensor:
-    """Per-image mean of exp(d) - d - 1 with d = ref - new: unbiased for KL(new || ref), never < 0.
+def k3_divergence(
+    logprobs_BL: Tensor,
+    ref_logprobs_BL: Tensor,
+    weights_L: Tensor | None = None,
+    *,
+    level: Literal["token", "sequence"] = "token",
+) -> Tensor:
+    """exp(d) - d - 1 with d = ref - new, never negative.
 
+    Args:
+        logprobs_BL: under the policy that is trained.
+        ref_logprobs_BL: under the reference.
+        weights_L: float32, of the tokens.
+        level: "token": d of each token, then the mean, which is unbiased for KL(new || ref) per
+            token; "sequence": of the mean d, as arXiv:2603.23086 does.
     Returns:
-        [B] float32 nats per token.
+        [B] float32 nats.
     Source: J. Schulman, "Approximating KL divergence", 2020.
     """
     difference = ref_logprobs_BL - logprobs_BL
-    return (difference.exp() - difference - 1.0).mean(dim=1)
+    if level == "sequence":
+        difference = token_mean(difference, weights_L)[:, None]
+        weights_L = None
+    return token_mean(difference.exp() - difference - 1.0, weights_L)
+
+
+def token_mean(values_BL: Tensor, weights_L: Tensor | None) -> Tensor:
+    """Weighted mean over the tokens: [B]."""
+    return (values_BL if weights_L is None else values_BL * weights_L).mean(dim=1)
+
+
+def block_weights(block_sizes: Sequence[int], alpha: float) -> Tensor | None:
+    """Weights of tokens that are drawn n at a time: 1 / n^alpha, scaled to mean 1.
+
+    For VAR n = h*w of a scale, whose many tokens would else outweigh the coarse ones.
+
+    Returns:
+        [L] float32, or None if all are alike.
+    Source: arXiv:2601.02256, which takes alpha between 0.6 and 0.8.
+    """
+    if alpha == 0.0 or max(block_sizes) == 1:
+        return None
+    sizes = torch.tensor(block_sizes, dtype=torch.float64)
+    weights = (sizes**-alpha).repeat_interleave(torch.tensor(block_sizes))
+    return (weights / weights.mean()).float()

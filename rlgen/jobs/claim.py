@@ -14,11 +14,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rlgen.config import load_config
 from rlgen.errors import ConfigError, RlgenError
 from rlgen.jobs.cli import run_job
 
 FULL, INSTANCE_ONLY = "full", "instance_only"
 _VARIANTS = {FULL: (), INSTANCE_ONLY: ("reward.loo_fid.weight=0",)}
+_FID_RATIO_BARS = {"llamagen": 0.35, "var": 0.35, "vqgan": 0.5}
+_BEST_GUIDANCE_BARS = {"llamagen": 0.7, "var": 1.0}
+"""A VQGAN has no guidance to compare with."""
 
 Summaries = Mapping[str, Sequence[Mapping[str, Any]]]
 """Per variant the summary.json of each seed."""
@@ -29,10 +33,14 @@ class Verdict:
     """One sentence of the claim, what was measured, and the bar."""
 
     claim: str
-    value: float
-    bar: float
     per_seed: list[float]
+    bar: float
     is_at_least: bool = False
+
+    @property
+    def value(self) -> float:
+        """Mean over the seeds."""
+        return mean(self.per_seed)
 
     @property
     def holds(self) -> bool:
@@ -40,46 +48,55 @@ class Verdict:
         return self.value >= self.bar if self.is_at_least else self.value <= self.bar
 
 
-def judge_claim(summaries: Summaries) -> list[Verdict]:
-    """Compare the means over the seeds with the bars."""
-    full, alone = summaries[FULL], summaries[INSTANCE_ONLY]
+def judge_claim(summaries: Summaries, family: str = "llamagen") -> list[Verdict]:
+    """Compare the means over the seeds with the family's bars."""
+    full = summaries[FULL]
+    verdicts = [
+        Verdict(
+            "judge FID without guidance: after / base",
+            [s["after"]["judge_fid"] / s["before"]["judge_fid"] for s in full],
+            _FID_RATIO_BARS[family],
+        ),
+        Verdict(
+            "recall: after - base",
+            [s["after"]["recall"] - s["before"]["recall"] for s in full],
+            -0.02,
+            is_at_least=True,
+        ),
+    ]
+    if family in _BEST_GUIDANCE_BARS:
+        verdicts.append(
+            Verdict(
+                "judge FID: after without guidance / base at its best guidance",
+                [s["after"]["judge_fid"] / s["before"]["judge_fid_best_cfg"] for s in full],
+                _BEST_GUIDANCE_BARS[family],
+            )
+        )
+    if INSTANCE_ONLY in summaries:
+        verdicts += _verdicts_on_the_base_and_diversity(full, summaries[INSTANCE_ONLY])
+    return verdicts
 
-    def verdict(claim: str, values: list[float], bar: float, *, at_least: bool = False) -> Verdict:
-        return Verdict(claim, mean(values), bar, values, at_least)
 
+def _verdicts_on_the_base_and_diversity(
+    full: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str, Any]]
+) -> list[Verdict]:
     return [
-        verdict(
+        Verdict(
             "base: share of unguided images that the judge recognises",
             [s["before"]["accuracy"] for s in full],
             0.55,
-            at_least=True,
+            is_at_least=True,
         ),
-        verdict(
+        Verdict(
             "base: judge FID at its best guidance / without",
             [s["before"]["judge_fid_best_cfg"] / s["before"]["judge_fid"] for s in full],
             2 / 3,
         ),
-        verdict(
-            "judge FID without guidance: after / base",
-            [s["after"]["judge_fid"] / s["before"]["judge_fid"] for s in full],
-            0.35,
-        ),
-        verdict(
-            "judge FID: after without guidance / base at its best guidance",
-            [s["after"]["judge_fid"] / s["before"]["judge_fid_best_cfg"] for s in full],
-            0.7,
-        ),
-        verdict(
-            "recall: after - base",
-            [s["after"]["recall"] - s["before"]["recall"] for s in full],
-            -0.02,
-            at_least=True,
-        ),
-        verdict(
+        Verdict(
             "recall: full run - run without LOO-FID",
             [a["after"]["recall"] - b["after"]["recall"] for a, b in zip(full, alone, strict=True)],
             0.05,
-            at_least=True,
+            is_at_least=True,
         ),
     ]
 
@@ -90,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m rlgen.jobs.claim", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated; default 0,1,2")
+    parser.add_argument("--config", metavar="FILE", help="preset; default: the embedded LlamaGen's")
     parser.add_argument("--output", type=Path, default=Path("runs/claim"))
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     request = parser.parse_intermixed_args(arguments)
@@ -97,16 +115,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seeds = [int(seed) for seed in request.seeds.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds {request.seeds} is no list like 0,1,2.") from None
+    family = load_config(request.config, request.settings).digits.family
+    preset = [] if request.config is None else ["--config", request.config]
+    # The base and the loss of diversity without LOO-FID are claimed of the default alone.
+    variants = _VARIANTS if family == "llamagen" else {FULL: ()}
     summaries = {
         variant: [
-            _run(seed, request.output / f"{variant}-seed{seed}", [*settings, *request.settings])
+            _run(
+                seed,
+                request.output / f"{variant}-seed{seed}",
+                [*preset, *settings, *request.settings],
+            )
             for seed in seeds
         ]
-        for variant, settings in _VARIANTS.items()
+        for variant, settings in variants.items()
     }
-    verdicts = judge_claim(summaries)
+    verdicts = judge_claim(summaries, family)
     _print(verdicts)
-    content = {"seeds": seeds, "verdicts": [vars(v) | {"holds": v.holds} for v in verdicts]}
+    content = {
+        "seeds": seeds,
+        "family": family,
+        "verdicts": [vars(v) | {"value": v.value, "holds": v.holds} for v in verdicts],
+    }
     (request.output / "claim.json").write_text(json.dumps(content, indent=2))
     return 0 if all(verdict.holds for verdict in verdicts) else 1
 

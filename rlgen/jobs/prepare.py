@@ -9,6 +9,7 @@ from rlgen.digits.assets import ensure_assets, resolve_embedded
 from rlgen.jobs.recorder import Recorder
 from rlgen.learner.preflight import check_inputs, check_named_files
 from rlgen.learner.runtime import LocalRuntime, Runtime
+from rlgen.policies.captions import load_captions
 from rlgen.storage import check_writable, join
 from rlgen.tracking import check_tracking_uri
 
@@ -33,6 +34,9 @@ def prepare_inputs(config: RunConfig, recorder: Recorder) -> RunConfig:
             ),
         )
         config = resolve_embedded(config, assets)
+    if config.policy.captions is not None:
+        captions = load_captions(config.policy.captions)
+        config = config.with_values({"class_names": captions.prompts})
     recorder.stage("checking inputs")
     check_inputs(config)
     return config

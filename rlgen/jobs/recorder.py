@@ -136,10 +136,9 @@ class Recorder:
         evaluation = self.config.evaluation
         grid = self.folder / "grids" / f"step_{step:05d}.png"
         grid.parent.mkdir(exist_ok=True)
-        num_classes = len(self.config.class_names)
-        cells = arrange_by_class(images_u8, num_classes, evaluation.grid_images_per_class)
-        shown = evaluation.grid_classes * evaluation.grid_images_per_class
-        write_grid(grid, cells[:shown], columns=evaluation.grid_images_per_class)
+        num_rows = min(len(self.config.class_names), evaluation.grid_classes)
+        cells = arrange_by_class(images_u8, num_rows, evaluation.grid_images_per_class)
+        write_grid(grid, cells, columns=evaluation.grid_images_per_class)
         if self._tracker is not None:
             self._tracker.log_image(step, grid)
 

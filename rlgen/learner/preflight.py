@@ -16,10 +16,11 @@ from rlgen.evaluation.judge import load_real_features
 from rlgen.features.extractor import load_extractor
 from rlgen.learner.checkpoint import read_meta
 from rlgen.moments.reference import ReferenceMoments, check_reference, load_reference
-from rlgen.policies.load import load_policy
+from rlgen.policies.captions import load_captions
+from rlgen.policies.load import load_policy, read_policy_file
 from rlgen.rewards.open_clip_model import read_open_clip_config
 from rlgen.storage import local_copy
-from rlgen.tokenizers.conv_vq import load_conv_vq
+from rlgen.tokenizers.published import open_tokenizer
 
 
 def check_named_files(config: RunConfig) -> None:
@@ -31,8 +32,9 @@ def check_named_files(config: RunConfig) -> None:
     """
     device = torch.device("cpu")
     readers: dict[str, Callable[[str], Any]] = {
-        "policy.checkpoint": lambda location: load_policy(location, device=device),
-        "tokenizer.checkpoint": load_conv_vq,
+        "policy.checkpoint": lambda _: read_policy_file(config.policy),
+        "policy.captions": load_captions,
+        "tokenizer.checkpoint": lambda _: open_tokenizer(config.tokenizer, device=device),
         "reward.loo_fid.extractor": load_extractor,
         "reward.loo_fid.reference": _read_reference,
         "evaluation.judge": load_extractor,
@@ -51,8 +53,8 @@ def check_inputs(config: RunConfig) -> None:
         CheckpointError: one is missing or damaged.
     """
     device = torch.device("cpu")
-    policy = load_policy(config.policy.checkpoint, device=device)
-    tokenizer = load_conv_vq(config.tokenizer.checkpoint, device)
+    policy = load_policy(config, device=device)
+    tokenizer = open_tokenizer(config.tokenizer, device=device)
     if policy.num_classes != len(config.class_names):
         raise ConfigError(
             f"class_names has {len(config.class_names)} names and the policy "
@@ -65,6 +67,13 @@ def check_inputs(config: RunConfig) -> None:
             f"the policy makes {ours[1]} tokens of {ours[0]} codes and the tokenizer "
             f"{config.tokenizer.checkpoint} takes {theirs[1]} tokens of {theirs[0]} codes; use "
             "the tokenizer that the policy was trained with."
+        )
+    scales = {config.rollout.cfg_scale, *config.evaluation.cfg_scales} - {1.0}
+    if policy.null_class is None and scales:
+        raise ConfigError(
+            f"rollout.cfg_scale or evaluation.cfg_scales ask for guidance {sorted(scales)} and the "
+            f"policy {config.policy.checkpoint} has no null class; set evaluation.cfg_scales=[] "
+            "and rollout.cfg_scale=1, or pretrain it with dropped conditions."
         )
     for scorer in config.reward.active_scorers.values():
         read_open_clip_config(scorer.checkpoint)

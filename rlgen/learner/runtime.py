@@ -75,10 +75,10 @@ class LocalRuntime:
         """Load every model; nothing is sampled yet."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_num_threads(config.learner.threads)
-        self._learner = Learner(
-            load_policy(config.policy.checkpoint, device=device), config, device=device
+        self._learner = Learner(load_policy(config, device=device), config, device=device)
+        self._sampler = Sampler(
+            load_policy(config, device=device), device=device, dtype=config.rollout.dtype
         )
-        self._sampler = Sampler(load_policy(config.policy.checkpoint, device=device), device=device)
         self._engine = RewardEngine.load(config, device=device)
         self._store = MomentStore(config)
         self._scored: dict[str, ScoredRollout] = {}
@@ -128,7 +128,7 @@ class LocalRuntime:
 
     def policy_sha256(self) -> str:
         """See Runtime."""
-        return state_sha256(self._learner.policy.state_dict())
+        return state_sha256(self._learner.policy_state())
 
     def restarts(self) -> dict[str, int]:
         """Nothing restarts in one process."""
@@ -143,6 +143,4 @@ class LocalRuntime:
 
     def _publish(self) -> None:
         version = self._learner.policy_version
-        self._sampler.update_weights(
-            *pack_weights(self._learner.policy.state_dict(), version=version)
-        )
+        self._sampler.update_weights(*pack_weights(self._learner.policy_state(), version=version))

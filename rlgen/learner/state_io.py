@@ -26,7 +26,7 @@ MOMENTS = "moments.pt"
 def save_learner(learner: Learner, uri: str) -> list[Part]:
     """Write the policy and the learner's state; the policy file is a base for another run."""
     return [
-        write_part(uri, POLICY, policy_bytes(learner.policy)),
+        write_part(uri, POLICY, policy_bytes(learner.policy, learner.policy_state())),
         write_part(uri, LEARNER, dump_state(learner.state_dict())),
     ]
 
@@ -37,7 +37,8 @@ def restore_learner(learner: Learner, uri: str) -> None:
     Raises:
         CheckpointError: not committed, damaged, or of another model or configuration.
     """
-    load_state(learner.policy, load(read_part(uri, POLICY)), uri)
+    if learner.config.learner.lora is None:  # else the base's file and the adapters make it up
+        load_state(learner.policy, load(read_part(uri, POLICY)), uri)
     learner.load_state_dict(parse_state(read_part(uri, LEARNER), uri))
 
 

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from rlgen.grpo.loss import Surrogate
 
-_SUMS = ("loss/total", "loss/policy", "loss/kl", "policy/entropy", "policy/entropy_normalized")
+_SUMS = (
+    "loss/total",
+    "loss/policy",
+    "loss/kl",
+    "policy/entropy",
+    "policy/entropy_normalized",
+    "policy/logprob_gap_mean",
+)
 
 
 class Totals:
@@ -20,7 +27,7 @@ class Totals:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._clipped = torch.zeros(2, dtype=torch.float64, device=device)
-        self._max_deviation = torch.zeros(1, dtype=torch.float64, device=device)
+        self._maxima = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(
         self,
@@ -28,9 +35,10 @@ class Totals:
         loss_B: Tensor,
         kl_B: Tensor,
         entropies_BL: Tensor,
+        gaps_BL: Tensor,
         codebook_size: int,
     ) -> None:
-        """Take in one micro-batch."""
+        """Take in one micro-batch; gaps are the learner's log-probs less the sampler's."""
         entropy = entropies_BL.detach().mean(dim=1).double().sum()
         self._sums += torch.stack(
             [
@@ -39,13 +47,15 @@ class Totals:
                 kl_B.detach().double().sum(),
                 entropy,
                 entropy / math.log(codebook_size),
+                gaps_BL.detach().double().abs().mean(dim=1).sum(),
             ]
         )
         self._clipped[0] += surrogate.clipped.sum()
         self._clipped[1] += surrogate.clipped.numel()
         deviation = (surrogate.ratio.double() - 1.0).abs().max()
+        gap = gaps_BL.detach().double().abs().max()
         # torch.maximum passes NaN on, so that a NaN ratio can't look like a good one.
-        self._max_deviation = torch.maximum(self._max_deviation, deviation)
+        self._maxima = torch.maximum(self._maxima, torch.stack([deviation, gap]))
 
     def reduced(self, num_images: int) -> dict[str, float]:
         """Means over the images of all ranks.
@@ -56,11 +66,13 @@ class Totals:
         if dist.is_initialized():
             dist.all_reduce(self._sums)
             dist.all_reduce(self._clipped)
-            dist.all_reduce(self._max_deviation, op=dist.ReduceOp.MAX)
+            dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
         means = dict(zip(_SUMS, (self._sums / num_images).tolist(), strict=True))
         clipped, count = self._clipped.tolist()
+        deviation, gap = self._maxima.tolist()
         return {
             **means,
             "policy/ratio_clipped_frac": clipped / count,
-            "policy/ratio_max_deviation": self._max_deviation.item(),
+            "policy/ratio_max_deviation": deviation,
+            "policy/logprob_gap_max": gap,
         }

@@ -17,7 +17,8 @@ from rlgen.config.run import RunConfig
 from rlgen.features.extractor import FeatureExtractor, load_extractor
 from rlgen.rewards.load import load_scorer
 from rlgen.rewards.protocol import InstanceScorer, check_scores
-from rlgen.tokenizers.conv_vq import ConvVQ, load_conv_vq
+from rlgen.tokenizers.protocol import Tokenizer
+from rlgen.tokenizers.published import open_tokenizer
 from rlgen.types import Rollout, ScoredRollout
 
 
@@ -25,7 +26,7 @@ from rlgen.types import Rollout, ScoredRollout
 class RewardEngine:
     """Decodes and scores rollouts."""
 
-    tokenizer: ConvVQ
+    tokenizer: Tokenizer
     scorers: dict[str, InstanceScorer]
     templates: dict[str, str]
     """Per scorer the caption of a condition, with {class} for its name."""
@@ -44,7 +45,7 @@ class RewardEngine:
         active = config.reward.active_scorers
         loo_fid = config.reward.loo_fid
         return cls(
-            tokenizer=load_conv_vq(config.tokenizer.checkpoint, device),
+            tokenizer=open_tokenizer(config.tokenizer, device=device),
             scorers={name: load_scorer(scorer, device) for name, scorer in active.items()},
             templates={name: scorer.prompt for name, scorer in active.items()},
             class_names=config.class_names,
@@ -80,7 +81,7 @@ class RewardEngine:
         if unit.purpose == "evaluate":
             judge_features = self.judge(images_01).float().cpu().numpy()
             hits = self._judge_hits(images_01, class_ids_B)
-        kept = images_01[: unit.num_kept_images]
+        kept = images_01[list(unit.kept_images)]
         return ScoredRollout(
             rollout=rollout,
             rewards=rewards,

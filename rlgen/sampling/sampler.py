@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlgen.config.base import Dtype
 from rlgen.errors import RolloutError
 from rlgen.nn.flat import unpack_weights
+from rlgen.nn.precision import cast_parameters
 from rlgen.sampling.decode import sample_tokens
 from rlgen.sampling.noise import uniform_noise
 from rlgen.types import Rollout, WeightManifest, WorkUnit
@@ -21,9 +23,10 @@ from rlgen.types import Rollout, WeightManifest, WorkUnit
 class Sampler:
     """Samples work units with the weights that it was given last."""
 
-    def __init__(self, policy: Any, *, device: torch.device) -> None:
+    def __init__(self, policy: Any, *, device: torch.device, dtype: Dtype = "float32") -> None:
         """Take over a policy module that follows the Policy protocol; its version is 0."""
         self.policy = policy.requires_grad_(False)
+        cast_parameters(policy, dtype)
         self.device = device
         self.policy_version = 0
 

@@ -77,15 +77,19 @@ def independent_units(
     seed: int,
     policy_version: int,
     settings: SamplingSettings,
-    num_kept_images: int = 0,
+    kept_classes: int = 0,
+    kept_per_class: int = 0,
 ) -> list[WorkUnit]:
     """Units of single images, classes in turn: for evaluations and the bootstrap.
 
     Image i always has class i modulo the number of classes and noise key i, so that runs and
-    guidance scales are compared on the same noise.
+    guidance scales are compared on the same noise. Of the first classes the first images are kept
+    as thumbnails.
     """
     per_unit = config.evaluation.images_per_unit
     indices = np.arange(num_images)
+    rounds, class_ids = np.divmod(indices, len(config.class_names))
+    is_kept = (rounds < kept_per_class) & (class_ids < kept_classes)
     return [
         WorkUnit(
             unit_id=f"{purpose}-v{policy_version}-s{settings.cfg_scale:g}-{index}",
@@ -95,10 +99,10 @@ def independent_units(
             policy_version=policy_version,
             seed=seed,
             condition_indices_P=indices[first : first + per_unit],
-            class_ids_P=indices[first : first + per_unit] % len(config.class_names),
+            class_ids_P=class_ids[first : first + per_unit],
             group_size=1,
             settings=settings,
-            num_kept_images=min(max(num_kept_images - first, 0), per_unit),
+            kept_images=tuple(is_kept[first : first + per_unit].nonzero()[0].tolist()),
         )
         for index, first in enumerate(range(0, num_images, per_unit))
     ]

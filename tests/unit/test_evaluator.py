@@ -34,7 +34,7 @@ class FakeRunner:
         generator = np.random.default_rng(unit.condition_indices_P)
         features = generator.normal(size=(count, 3)) + 0.5 * abs(scale - BEST_SCALE)
         # An image shows its own noise key, so that the grid's order can be read off.
-        kept = unit.condition_indices_P[: unit.num_kept_images]
+        kept = unit.condition_indices_P[list(unit.kept_images)]
         rollout = Rollout(
             unit=unit,
             policy_version=unit.policy_version,

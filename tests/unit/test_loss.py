@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlgen.grpo.loss import clipped_surrogate, k3_divergence
+from rlgen.grpo.loss import block_weights, clipped_surrogate, k3_divergence, token_mean
 
 RATIOS = ["token", "sequence"]
 
@@ -128,3 +128,49 @@ def test_k3_pulls_the_policy_back() -> None:
     expected = (1 - (ref - new.detach()).exp()) / 2
     torch.testing.assert_close(new.grad, expected)
     assert new.grad[0, 0] > 0 > new.grad[0, 1]
+
+
+def test_a_sequence_divergence_is_k3_of_the_mean() -> None:
+    generator = torch.Generator().manual_seed(2)
+    new, ref = torch.randn(2, 4, 6, generator=generator)
+    d = (ref - new).mean(dim=1)
+    found = k3_divergence(new, ref, level="sequence")
+    torch.testing.assert_close(found, d.exp() - d - 1)
+    assert (found < k3_divergence(new, ref)).all(), "Jensen: the mean hides opposite tokens"
+
+
+def test_tokens_of_a_large_scale_count_less_and_the_mean_weight_is_one() -> None:
+    weights = block_weights((1, 4, 9), alpha=0.5)
+    assert weights is not None
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    by_scale = weights.split((1, 4, 9))
+    assert all((scale == scale[0]).all() for scale in by_scale)
+    ratios = [float(scale[0] / by_scale[0][0]) for scale in by_scale]
+    assert ratios == pytest.approx([1, 1 / 2, 1 / 3])
+    # With alpha 1 every scale weighs the same in all.
+    whole = [float(s.sum()) for s in block_weights((1, 4, 9), alpha=1.0).split((1, 4, 9))]
+    assert whole == pytest.approx([14 / 3] * 3)
+
+
+def test_one_token_at_a_time_needs_no_weights() -> None:
+    assert block_weights((1,) * 16, alpha=0.7) is None
+    assert block_weights((1, 4), alpha=0.0) is None
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_weights_enter_the_surrogate_and_the_divergence(ratio) -> None:
+    generator = torch.Generator().manual_seed(3)
+    new, old = 0.1 * torch.randn(2, 4, 5, generator=generator)
+    advantages = torch.ones(4)
+    weights = block_weights((1, 4), alpha=1.0)
+    assert weights is not None
+    limits = {"clip_low": 0.9, "clip_high": 9.0}
+    found = clipped_surrogate(new, old, advantages, ratio=ratio, weights_L=weights, **limits)
+    difference = new - old
+    if ratio == "token":
+        expected = -(difference.exp() * weights).mean(dim=1)
+    else:
+        expected = -(difference * weights).mean(dim=1).exp()
+    torch.testing.assert_close(found.loss_B, expected)
+    k3 = (-difference).exp() + difference - 1
+    torch.testing.assert_close(k3_divergence(new, old, weights), token_mean(k3, weights))

@@ -22,7 +22,9 @@ def keys_of(units: list[WorkUnit]) -> list[int]:
     return np.concatenate([unit.condition_indices_P for unit in units]).tolist()
 
 
-def evaluation(config: RunConfig, num_images: int, *, kept: int = 0) -> list[WorkUnit]:
+def evaluation(
+    config: RunConfig, num_images: int, *, classes: int = 0, per_class: int = 0
+) -> list[WorkUnit]:
     return independent_units(
         config,
         "evaluate",
@@ -30,7 +32,8 @@ def evaluation(config: RunConfig, num_images: int, *, kept: int = 0) -> list[Wor
         seed=77,
         policy_version=5,
         settings=SamplingSettings(cfg_scale=1.5),
-        num_kept_images=kept,
+        kept_classes=classes,
+        kept_per_class=per_class,
     )
 
 
@@ -76,7 +79,7 @@ def test_units_have_one_shape_and_cover_the_step() -> None:
     assert len({unit.unit_id for unit in units}) == 3
     assert keys_of(units) == list(range(12))
     assert {(u.step, u.policy_version, u.seed, u.purpose) for u in units} == {(6, 3, 0, "train")}
-    assert {unit.num_kept_images for unit in units} == {0}
+    assert {unit.kept_images for unit in units} == {()}
 
 
 def test_how_a_step_is_cut_changes_neither_classes_nor_noise_keys() -> None:
@@ -130,10 +133,13 @@ def test_evaluations_are_the_same_images_however_they_are_cut() -> None:
     assert len({tuple(keys_of(units)) for units in cuts}) == 1
 
 
-def test_only_the_first_images_of_an_evaluation_are_kept() -> None:
-    config = tiny_config(evaluation__images_per_unit=4)
-    assert [unit.num_kept_images for unit in evaluation(config, 16, kept=6)] == [4, 2, 0, 0]
-    assert [unit.num_kept_images for unit in evaluation(config, 16)] == [0, 0, 0, 0]
+def test_only_the_first_images_of_the_first_classes_are_kept() -> None:
+    config = tiny_config(evaluation__images_per_unit=5)  # of 4 classes
+    kept = [unit.kept_images for unit in evaluation(config, 16, classes=3, per_class=2)]
+    assert kept == [(0, 1, 2, 4), (0, 1), (), ()], "images 0, 1, 2, 4, 5, 6"
+    more = evaluation(config, 16, classes=10, per_class=2)
+    assert [len(unit.kept_images) for unit in more] == [5, 3, 0, 0], "all classes there are"
+    assert {unit.kept_images for unit in evaluation(config, 16)} == {()}
 
 
 def test_unit_ids_tell_versions_scales_and_purposes_apart() -> None:
