@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlgen.config.imagenet import IMAGENET, imagenet_class_names
 from rlgen.config.run import RunConfig
 from rlgen.errors import ConfigError
 
@@ -32,7 +33,8 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Build the configuration: defaults, then the YAML file, then the overrides.
 
-    Sections merge; a value replaces. `null` removes an optional section.
+    Sections merge; a value replaces. `null` removes an optional section. The word `imagenet` for
+    class_names stands for the names of ImageNet's 1000 classes.
 
     Args:
         path: YAML file, or None for the embedded default alone.
@@ -47,6 +49,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunCo
     merged: dict[str, Any] = RunConfig().model_dump()
     for layer in layers:
         merged = _merge(merged, layer)
+    if merged["class_names"] == IMAGENET:
+        merged["class_names"] = imagenet_class_names()
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:

@@ -21,7 +21,9 @@ class PolicySizes:
     block_sizes: tuple[int, ...]
     """Tokens that are drawn at once, in order: ones, or a VAR's scales."""
     linears: tuple[tuple[int, int], ...]
-    """Inputs and outputs of the linear layers of one block."""
+    """Inputs and outputs of the linear layers that each token of a block goes through."""
+    image_linears: tuple[tuple[int, int], ...] = ()
+    """The same of those that a block applies once per image."""
 
     @property
     def num_tokens(self) -> int:
@@ -31,7 +33,8 @@ class PolicySizes:
     def num_lora_parameters(self, rank: int) -> int:
         """Parameters of adapters on every linear layer of every block."""
         return self.num_layers * sum(
-            min(rank, inputs, outputs) * (inputs + outputs) for inputs, outputs in self.linears
+            min(rank, inputs, outputs) * (inputs + outputs)
+            for inputs, outputs in self.linears + self.image_linears
         )
 
 
@@ -42,10 +45,11 @@ def policy_sizes(family: str, architecture: Architecture) -> PolicySizes:
     if family == "var":
         hidden = round(width * a["mlp_ratio"])
         linears = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]
-        if not a["shared_aln"]:
-            linears.append((width, 6 * width))
+        modulation = () if a["shared_aln"] else ((width, 6 * width),)
         blocks = tuple(side**2 for side in a["patch_nums"])
-        return PolicySizes(a["depth"], width, a["codebook_size"], blocks, tuple(linears))
+        return PolicySizes(
+            a["depth"], width, a["codebook_size"], blocks, tuple(linears), modulation
+        )
     if family == "llamagen":
         ffn = _ffn_width(a)
         linears = [(width, 3 * width), (width, width), *[(width, ffn)] * 2, (ffn, width)]
@@ -72,7 +76,7 @@ def _llamagen(a: Architecture) -> int:
     if a.get("caption_width") is None:
         condition = (a["num_classes"] + 1) * width
     else:
-        condition = a["caption_width"] * (a["num_caption_slots"] + width) + width**2
+        condition = (a["caption_width"] + width) * width  # the learned empty caption is a buffer
     return a["num_layers"] * block + 2 * a["codebook_size"] * width + width + condition
 
 

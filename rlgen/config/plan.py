@@ -6,11 +6,21 @@ Owns the plan that `--dry-run` prints and the checks that need no model. Must no
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlgen.config.base import EMBEDDED
-from rlgen.config.run import RunConfig
+from rlgen.config.base import EMBEDDED, REQUIRED
+from rlgen.config.model_plan import describe_models
+from rlgen.config.models import model_spec
+from rlgen.config.run import PublicFile, RunConfig
 from rlgen.errors import ConfigError
 
-_PATH_FIELDS = ("checkpoint", "extractor", "reference", "judge", "judge_reference", "resume_from")
+_PATH_FIELDS = (
+    "checkpoint",
+    "captions",
+    "extractor",
+    "reference",
+    "judge",
+    "judge_reference",
+    "resume_from",
+)
 
 
 def named_files(config: RunConfig) -> dict[str, str]:
@@ -20,7 +30,7 @@ def named_files(config: RunConfig) -> dict[str, str]:
         for key, value in config.flattened().items()
         if key.rsplit(".", 1)[-1] in _PATH_FIELDS
         and isinstance(value, str)
-        and value != EMBEDDED
+        and value not in (EMBEDDED, REQUIRED)
         and key != "grpo.reference"
     }
 
@@ -43,6 +53,50 @@ def check_local_files(config: RunConfig) -> None:
         )
 
 
+def required_files(config: RunConfig) -> dict[str, str]:
+    """What is meant by every path that a preset leaves to the user, by dotted key."""
+    meanings = {
+        "policy.checkpoint": _published(config.policy),
+        "policy.captions": "encoded captions",
+        "tokenizer.checkpoint": _published(config.tokenizer),
+        "reward.loo_fid.extractor": "weights of a feature extractor",
+        "reward.loo_fid.reference": "moments of real images in that extractor's features",
+        "evaluation.judge": "weights of another feature extractor, which no reward sees",
+        "evaluation.judge_reference": "features of real images by the judge",
+    }
+    scorers = {
+        "clip": "open_clip folder of a CLIP, such as OpenAI's ViT-L-14-quickgelu",
+        "hpsv2": "open_clip folder of a ViT-H-14 with HPSv2's weights",
+    }
+    for name, scorer in config.reward.active_scorers.items():
+        meanings[f"reward.scorers.{name}.checkpoint"] = scorers[scorer.type]
+    return {key: meanings.get(key, "a path or URL") for key in config.keys_with(REQUIRED)}
+
+
+def _published(file: PublicFile) -> str:
+    if file.model is None:
+        return "weights that rlgen wrote"
+    names = model_spec(file.model).files
+    return f"weights of {file.model}, " + (
+        f"published as {' or '.join(names)}" if names else "which nobody has published"
+    )
+
+
+def check_required(config: RunConfig) -> None:
+    """Refuse to start while paths that only the user can give are not given.
+
+    Raises:
+        ConfigError: lists all of them and what is meant.
+    """
+    wanted = required_files(config)
+    if wanted:
+        listed = "".join(f"\n  {key}=...  {meaning}" for key, meaning in wanted.items())
+        raise ConfigError(
+            f"this configuration leaves {len(wanted)} path(s) to you; give each on the command "
+            f"line or in the YAML file:{listed}"
+        )
+
+
 def uses_embedded(config: RunConfig) -> bool:
     """Whether any input is the embedded default's."""
     return bool(config.keys_with(EMBEDDED))
@@ -55,6 +109,7 @@ def describe_plan(config: RunConfig) -> str:
     per_rank = config.images_per_step // learner.num_workers
     micro_batches = -(-per_rank // learner.micro_batch_size)
     scales = ", ".join(f"{scale:g}" for scale in config.evaluation.cfg_scales)
+    sweep = f"; before and after also with guidance {scales}" if scales else ""
     rewards = [f"{name} x {s.weight:g}" for name, s in reward.active_scorers.items()]
     if reward.loo_fid is not None:
         rewards.append(
@@ -75,7 +130,8 @@ def describe_plan(config: RunConfig) -> str:
         f"{learner.micro_batch_size}, {config.grpo.inner_epochs} inner epoch(s)",
         f"  rewards: {', '.join(rewards)}",
         f"  evaluation: {config.evaluation.num_images} images every "
-        f"{config.evaluation.every_steps} steps; before and after also with guidance {scales}",
+        f"{config.evaluation.every_steps} steps{sweep}",
+        *describe_models(config),
     ]
     if config.runtime == "ray":
         roles = role_resources(config)
@@ -91,6 +147,7 @@ def describe_plan(config: RunConfig) -> str:
     files = named_files(config)
     lines += ["", "Inputs"]
     lines += [f"  {key}: {value}" for key, value in files.items()]
+    lines += [f"  {key}: to be given: {what}" for key, what in required_files(config).items()]
     if uses_embedded(config):
         lines.append("  the embedded digits preset, trained once and cached")
     return "\n".join(lines)
