@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from rlgen.errors import ConfigError
 from rlgen.nn.attention import LayerCache
 from rlgen.nn.var_blocks import ConditionLinear, ModulatedNorm, Modulation, Prefix, ScaleBlock
+from rlgen.policies.protocol import OneNullClass
 from rlgen.tokenizers.multiscale import MultiScaleQuantizer
 
 _HEAD_SHARE = 0.02
@@ -102,9 +103,10 @@ class VarCache:
     """Sum of the scales before; None before the first."""
 
 
-class VAR(nn.Module):
+class VAR(OneNullClass, nn.Module):
     """The transformer: the class is the input of the first scale, and modulates every block."""
 
+    kind = "var"
     lvl_1L: Tensor
 
     def __init__(self, config: VarConfig, quantizer: MultiScaleQuantizer) -> None:
