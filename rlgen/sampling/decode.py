@@ -86,9 +86,8 @@ def decode(
 
 
 def with_null_half(policy: Policy, class_ids_B: Tensor) -> Tensor:
-    """[B] class ids -> [2B]: the conditions, then as many null classes."""
-    assert policy.null_class is not None, "check_guidance comes first"
-    return torch.cat([class_ids_B, torch.full_like(class_ids_B, policy.null_class)])
+    """[B] class ids -> [2B]: the conditions, then the same images without them."""
+    return torch.cat([class_ids_B, policy.null_of(class_ids_B)])
 
 
 def _invert_cumulative(logprobs_BnV: Tensor, noise_Bn: Tensor) -> Tensor:
