@@ -57,8 +57,8 @@ class ConditionLinear(nn.Sequential):
         return layer
 
     def forward(self, condition_BD: Tensor) -> Tensor:
-        """[B, D] in the format of the weights -> [B, 1, num_vectors, D] float32."""
-        hidden_BD = F.silu(condition_BD.float()).to(condition_BD.dtype)
+        """[B, D] -> [B, 1, num_vectors, D] float32."""
+        hidden_BD = F.silu(condition_BD.float()).to(self.linear.bias.dtype)
         vectors = self.linear(hidden_BD)
         return vectors.float().view(len(vectors), 1, self.num_vectors, -1)
 

@@ -192,10 +192,10 @@ class VAR(OneNullClass, nn.Module):
 
     def allocate_cache(self, batch: int) -> VarCache:
         """Room for the keys and values of L positions in every layer."""
-        parameter = self.pos_1LC
-        device, heads = parameter.device, self.config.num_heads
+        bias = self._scale_blocks()[0].attn.q_bias
+        device, heads = bias.device, self.config.num_heads
         is_autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if is_autocast else parameter.dtype
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else bias.dtype
         layers = [
             LayerCache.allocate(
                 batch,
