@@ -99,11 +99,15 @@ def _print(result: dict[str, Any]) -> None:
     measured = [a for a in arrays if a["deviation"] is not None]
     worst = max(measured, key=_share_of_tolerance, default=None)
     verdict = "pass" if result["passed"] else "FAIL"
-    shown = f"{worst['deviation']:.3g} of {worst['tolerance']:g} in {worst['array']}" if worst else ""
+    shown = ""
+    if worst is not None:
+        shown = f"{worst['deviation']:.3g} of {worst['tolerance']:g} in {worst['array']}"
     print(f"{verdict}  {result['name']:<28} {shown}  ({result['wall_s']:.1f} s)", flush=True)
     for array in arrays:
         if not array["passed"]:
-            found = array["problem"] or f"deviates by {array['deviation']:.3g}"
+            deviation = array["deviation"]
+            size = "a value that is not finite" if deviation is None else f"{deviation:.3g}"
+            found = array["problem"] or f"deviates by {size}"
             print(f"      {array['array']}: {found}", flush=True)
 
 
