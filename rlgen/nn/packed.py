@@ -25,6 +25,11 @@ class PackedLinears:
     def __init__(self) -> None:
         self._packed: dict[tuple[nn.Module, ...], tuple[Tensor, Tensor | None] | None] = {}
 
+    @property
+    def has_packed(self) -> bool:
+        """Whether any weights were packed so far."""
+        return any(packed is not None for packed in self._packed.values())
+
     def __call__(self, x_RD: Tensor, layer: nn.Module) -> Tensor:
         """[R, D] -> [R, D'] as the layer does."""
         return self.fused(x_RD, layer)[0]

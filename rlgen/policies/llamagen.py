@@ -115,8 +115,6 @@ class Block(nn.Module):
 class LlamaGen(nn.Module):
     """The GPT: condition slots first, then codes; the output before code i predicts it."""
 
-    kind = "llamagen"
-
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config

@@ -17,8 +17,6 @@ from torch import Tensor
 class Policy(Protocol):
     """A conditional distribution over token images."""
 
-    kind: str
-    """Name of the family in weight files."""
     num_tokens: int
     """L, tokens of an image."""
     codebook_size: int

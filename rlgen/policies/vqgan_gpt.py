@@ -133,8 +133,6 @@ class Block(nn.Module):
 class VqganGpt(OneNullClass, nn.Module):
     """The GPT: class at position 0, code i at position i + 1, output i predicts code i."""
 
-    kind = "vqgan_gpt"
-
     def __init__(self, config: VqganGptConfig) -> None:
         super().__init__()
         self.config = config

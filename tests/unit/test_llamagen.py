@@ -1,15 +1,24 @@
 """LlamaGen's architecture: sizes and names of the public weights, causality, weight files."""
 
-import json
+from typing import Any
 
 import pytest
 import torch
 
+from rlgen.config import RunConfig
 from rlgen.errors import CheckpointError, ConfigError
 from rlgen.nn.weights import save_weights, state_sha256
+from rlgen.policies.captions import save_captions
 from rlgen.policies.llamagen import LlamaGen, LlamaGenConfig
-from rlgen.policies.load import LLAMAGEN, load_policy, save_policy
+from rlgen.policies.load import load_policy, save_policy
 from tests.tiny import CPU, tiny_policy
+from tests.tiny_gpt import (
+    random_images,
+    tiny_captions,
+    tiny_llamagen,
+    tiny_text_llamagen,
+    tiny_vqgan_gpt,
+)
 
 PUBLISHED = {
     "B": (12, 12, 768, 2048, 110_888_448),
@@ -158,6 +167,10 @@ def test_train_and_eval_mode_are_the_same_function() -> None:
     assert torch.equal(policy.train()(class_ids_B, tokens_BL), in_eval)
 
 
+def load(location: str, **policy: Any) -> LlamaGen:
+    return load_policy(RunConfig(policy={"checkpoint": location, **policy}), device=CPU)
+
+
 @pytest.mark.parametrize("where", ["file", "url"])
 def test_a_saved_policy_comes_back(tmp_path, where) -> None:
     policy = tiny_policy(seed=2)
@@ -166,7 +179,7 @@ def test_a_saved_policy_comes_back(tmp_path, where) -> None:
         "url": "memory://test-llamagen/policy.safetensors",
     }[where]
     save_policy(location, policy)
-    loaded = load_policy(location, device=CPU)
+    loaded = load(location)
     assert loaded.config == policy.config
     assert state_sha256(loaded.state_dict()) == state_sha256(policy.state_dict())
     tokens_BL = torch.zeros(2, policy.num_tokens, dtype=torch.int64)
@@ -174,25 +187,83 @@ def test_a_saved_policy_comes_back(tmp_path, where) -> None:
     assert torch.equal(loaded(class_ids_B, tokens_BL), policy(class_ids_B, tokens_BL))
 
 
+def test_a_saved_text_policy_comes_back_with_its_captions(tmp_path) -> None:
+    location, text = (str(tmp_path / f"{name}.safetensors") for name in ("policy", "captions"))
+    policy = tiny_text_llamagen()
+    save_policy(location, policy)
+    save_captions(text, tiny_captions())
+    loaded = load(location, captions=text)
+    assert loaded.config == policy.config and loaded.num_classes == 4
+    class_ids_B, tokens_BL = random_images(policy, 4)
+    assert torch.equal(loaded(class_ids_B, tokens_BL), policy(class_ids_B, tokens_BL))
+    with pytest.raises(ConfigError, match=r"conditioned on text; set policy\.captions"):
+        load(location)
+
+
+def test_a_saved_gpt_of_the_taming_family_comes_back(tmp_path) -> None:
+    location = str(tmp_path / "policy.safetensors")
+    policy = tiny_vqgan_gpt(has_null_class=True)
+    save_policy(location, policy)
+    loaded = load(location)
+    assert loaded.config == policy.config
+    assert state_sha256(loaded.state_dict()) == state_sha256(policy.state_dict())
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path) -> None:
     location = str(tmp_path / "tokenizer.safetensors")
     save_weights(location, tiny_policy(), kind="conv_vq", config={})
-    with pytest.raises(CheckpointError, match=r"tokenizer.*'conv_vq'.*'llamagen' is needed"):
-        load_policy(location, device=CPU)
+    with pytest.raises(CheckpointError, match=r"tokenizer.*is a conv_vq; a policy is one of"):
+        load(location)
 
 
 def test_a_config_of_another_version_is_refused(tmp_path) -> None:
     location = str(tmp_path / "policy.safetensors")
-    fields = json.loads('{"num_layers": 2, "num_heads": 2, "width": 16, "depth": 7}')
-    save_weights(location, tiny_policy(), kind=LLAMAGEN, config=fields)
-    with pytest.raises(CheckpointError, match=r"policy\.safetensors.*can't build.*depth"):
-        load_policy(location, device=CPU)
+    fields = {"num_layers": 2, "num_heads": 2, "width": 16, "depth": 7}
+    save_weights(location, tiny_policy(), kind="llamagen", config=fields)
+    with pytest.raises(CheckpointError, match=r"policy\.safetensors.*depth"):
+        load(location)
 
 
 def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path) -> None:
     location = str(tmp_path / "policy.safetensors")
     policy = tiny_policy()
     fields = vars(policy.config) | {"num_layers": 3}
-    save_weights(location, policy, kind=LLAMAGEN, config=fields)
+    save_weights(location, policy, kind="llamagen", config=fields)
     with pytest.raises(CheckpointError, match=r"7 missing \(layers\.2\.attention"):
-        load_policy(location, device=CPU)
+        load(location)
+
+
+def test_without_dropped_labels_there_is_no_null_row() -> None:
+    policy = tiny_llamagen(has_null_class=False)
+    assert policy.cls_embedding.get_parameter("embedding_table.weight").shape[0] == 4
+    assert policy.null_class is None
+
+
+@torch.no_grad()
+def test_norm_eps_and_rope_base_are_used() -> None:
+    plain = tiny_llamagen()
+    class_ids_B, tokens_BL = random_images(plain, 2)
+    logits = plain.teacher_forced(class_ids_B, tokens_BL)
+    for fields in ({"norm_eps": 1e-2}, {"rope_base": 100.0}):
+        other = tiny_llamagen(**fields).teacher_forced(class_ids_B, tokens_BL)
+        assert (other - logits).abs().max() > 1e-3, fields
+
+
+def test_rotary_angles_keep_their_precision_whatever_the_model_has() -> None:
+    policy = tiny_llamagen()
+    table = policy.rotary(0, 9).clone()
+    policy.to(torch.bfloat16)
+    assert policy.output.weight.dtype == torch.bfloat16
+    assert torch.equal(policy.rotary(0, 9), table)
+    with torch.device("meta"):
+        empty = LlamaGen(policy.config)
+    assert torch.equal(empty.to_empty(device="cpu").rotary(0, 9), table)
+
+
+@torch.no_grad()
+def test_a_head_width_that_is_no_power_of_two_serves() -> None:
+    policy = tiny_llamagen(width=40, num_heads=2)  # as the 3B model's heads of 100
+    class_ids_B, tokens_BL = random_images(policy, 1)
+    found = policy.teacher_forced(class_ids_B, tokens_BL)[0]
+    expected = by_hand(policy, 0, tokens_BL[0].tolist())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
