@@ -114,14 +114,13 @@ def _learner(config: RunConfig, sizes: PolicySizes, total: int) -> dict[str, flo
 def activation_bytes(
     sizes: PolicySizes, rows: int, *, dtype: Dtype, is_checkpointed: bool
 ) -> float:
-    """What the blocks keep for the backward pass; on small models within a third of what is kept.
+    """What the blocks keep for the backward pass, `PolicySizes.kept_widths` per layer and token.
 
-    Per layer, row and token the inputs and outputs of its linear layers in the arithmetic's
-    format, and eight float32 values of the width for norms, rotations and residuals. With
-    checkpointing that of one layer, and one float32 value of the width for each.
+    With checkpointing that of one layer, and one float32 value of the width for each layer.
     """
     positions = rows * sizes.num_tokens
-    layer = positions * (_BYTES[dtype] * sum(map(sum, sizes.linears)) + 8 * 4 * sizes.width)
+    in_format, in_float32 = sizes.kept_widths
+    layer = positions * sizes.width * (_BYTES[dtype] * in_format + 4 * in_float32)
     if is_checkpointed:
         return layer + sizes.num_layers * positions * 4 * sizes.width
     return sizes.num_layers * layer

@@ -22,8 +22,11 @@ class PolicySizes:
     """Tokens that are drawn at once, in order: ones, or a VAR's scales."""
     linears: tuple[tuple[int, int], ...]
     """Inputs and outputs of the linear layers that each token of a block goes through."""
+    kept_widths: tuple[float, float]
+    """Values that a block keeps per token for the backward pass, as multiples of the width: in the
+    arithmetic's format, and in float32. Measured."""
     image_linears: tuple[tuple[int, int], ...] = ()
-    """The same of those that a block applies once per image."""
+    """The same as linears of those that a block applies once per image."""
 
     @property
     def num_tokens(self) -> int:
@@ -48,15 +51,17 @@ def policy_sizes(family: str, architecture: Architecture) -> PolicySizes:
         modulation = () if a["shared_aln"] else ((width, 6 * width),)
         blocks = tuple(side**2 for side in a["patch_nums"])
         return PolicySizes(
-            a["depth"], width, a["codebook_size"], blocks, tuple(linears), modulation
+            a["depth"], width, a["codebook_size"], blocks, tuple(linears), (8, 16), modulation
         )
     if family == "llamagen":
         ffn = _ffn_width(a)
         linears = [(width, 3 * width), (width, width), *[(width, ffn)] * 2, (ffn, width)]
+        kept = (10 + 3 * ffn / width, 5.0)
     else:
         linears = [*[(width, width)] * 4, (width, 4 * width), (4 * width, width)]
+        kept = (12.0, 4.0)
     blocks = (1,) * a["grid_size"] ** 2
-    return PolicySizes(a["num_layers"], width, a["codebook_size"], blocks, tuple(linears))
+    return PolicySizes(a["num_layers"], width, a["codebook_size"], blocks, tuple(linears), kept)
 
 
 def num_parameters(family: str, architecture: Architecture) -> int:

@@ -95,10 +95,12 @@ def read_public_state(location: str, *, sha256: str | None = None) -> dict[str, 
 
 
 def _read_torch_file(path: Path, shown: str) -> Any:
-    is_zip = zipfile.is_zipfile(path)
+    # Only a new file can be mapped, and torch goes by the name if that says safetensors.
+    is_mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
+        with path.open("rb") as stream, torch.serialization.safe_globals(_HARMLESS):
+            source = path if is_mapped else stream
+            return torch.load(source, weights_only=True, map_location="cpu", mmap=is_mapped)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
