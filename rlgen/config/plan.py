@@ -92,8 +92,8 @@ def check_required(config: RunConfig) -> None:
     if wanted:
         listed = "".join(f"\n  {key}=...  {meaning}" for key, meaning in wanted.items())
         raise ConfigError(
-            f"this configuration leaves {len(wanted)} path(s) to you; give each on the command "
-            f"line or in the YAML file:{listed}"
+            f"this configuration leaves {len(wanted)} path{'s' * (len(wanted) > 1)} to you; give "
+            f"each on the command line or in the YAML file:{listed}"
         )
 
 

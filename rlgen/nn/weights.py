@@ -107,7 +107,8 @@ def peek_metadata(location: str) -> dict[str, Any]:
     if KIND_KEY not in metadata or CONFIG_KEY not in metadata:
         raise CheckpointError(
             f"{shown} is a safetensors file without the metadata {KIND_KEY!r} and {CONFIG_KEY!r}, "
-            "so rlgen can't tell what it holds; write it with rlgen.nn.weights.save_weights."
+            "so rlgen can't tell what it holds. If it is a published model's, name that, such as "
+            "policy.model=llamagen-l-256; else write it with rlgen.nn.weights.save_weights."
         )
     try:
         config = json.loads(metadata[CONFIG_KEY])
@@ -130,8 +131,10 @@ def read_header(location: str) -> dict[str, Any]:
     shown = without_credentials(location)
     if PurePosixPath(location).suffix.lower() in _PICKLE_SUFFIXES:
         raise CheckpointError(
-            f"{shown} is a pickled checkpoint, which can run code when it is loaded; convert it "
-            "once where you trust it: state = torch.load(path, weights_only=True), then "
+            f"{shown} is a pickled checkpoint, which does not say what it holds and can run code "
+            "when it is loaded. If it is a published model's, name that, such as "
+            "policy.model=llamagen-l-256 or tokenizer.model=llamagen-vq-ds16. Else convert it once "
+            "where you trust it: state = torch.load(path, weights_only=True), then "
             "rlgen.nn.weights.save_weights('x.safetensors', state, kind=..., config=...)."
         )
     try:
