@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlgen.config.plan import check_local_files, describe_plan
+from rlgen.config.plan import check_local_files, check_required, describe_plan
 from rlgen.config.run import RunConfig
 from rlgen.jobs.cli import Request, parse_request, run_job
 
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if request.is_dry_run:
         print(describe_plan(request.config))
         return 0
+    check_required(request.config)
     return run(request)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlgen.config.models import model_spec
+from rlgen.config.models import architecture_of, model_spec
 from rlgen.config.run import PolicyConfig, RunConfig
 from rlgen.errors import CheckpointError, ConfigError
 from rlgen.nn.public_files import load_public_state, read_public_state, select_state
@@ -95,10 +95,10 @@ def read_policy_file(policy: PolicyConfig) -> tuple[str, dict[str, Any], dict[st
         kind = peek_metadata(location)["kind"]
         fields, state = read_weights(location, kind=kind)
         return kind, {**fields, **policy.architecture}, state
-    spec = model_spec(policy.model)
+    family = model_spec(policy.model).family
     state = read_public_state(policy.checkpoint, sha256=policy.sha256)
-    fields = {**spec.architecture, **policy.architecture}
-    return spec.family, fields, select_state(state, spec.family)
+    fields = architecture_of(policy.model, policy.architecture)
+    return family, fields, select_state(state, family)
 
 
 def save_policy(location: str, policy: Policy) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from rlgen.config.models import model_spec
+from rlgen.config.models import architecture_of, model_spec
 from rlgen.config.run import TokenizerConfig
 from rlgen.nn.public_files import load_public_state, read_public_state, select_state
 from rlgen.storage import cached_file
@@ -19,10 +19,10 @@ def open_tokenizer(config: TokenizerConfig, *, device: torch.device) -> Tokenize
     if config.model is None:
         location = str(cached_file(config.checkpoint, sha256=config.sha256))
         return load_tokenizer(location, device=device)
-    spec = model_spec(config.model)
+    family = model_spec(config.model).family
     state = read_public_state(config.checkpoint, sha256=config.sha256)
-    tokenizer = build_tokenizer(spec.family, {**spec.architecture, **config.architecture})
+    tokenizer = build_tokenizer(family, architecture_of(config.model, config.architecture))
     load_public_state(
-        tokenizer, select_state(state, spec.family), config.checkpoint, model_name=config.model
+        tokenizer, select_state(state, family), config.checkpoint, model_name=config.model
     )
     return tokenizer.requires_grad_(False).eval().to(device)
