@@ -160,9 +160,7 @@ def _compare_one(case: Case, name: str, found: np.ndarray | Codes | None) -> Com
         return Comparison(name, np.inf, tolerance, "not computed")
     array = found.array if isinstance(found, Codes) else found
     if array.shape != wanted.shape:
-        return Comparison(
-            name, np.inf, tolerance, f"shape {array.shape} instead of {wanted.shape}"
-        )
+        return Comparison(name, np.inf, tolerance, f"shape {array.shape} instead of {wanted.shape}")
     if isinstance(found, Codes) or np.issubdtype(wanted.dtype, np.integer):
         differs = array != wanted
         if isinstance(found, Codes):
