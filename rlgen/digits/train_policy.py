@@ -27,7 +27,7 @@ WARMUP_STEPS = 20
 
 def make_policy(tokenizer: Tokenizer, config: DigitsConfig) -> Any:
     """A tiny policy of the configured family with fresh weights, for this tokenizer's codes."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "width": config.policy_width,
         "num_heads": config.policy_heads,
         "codebook_size": tokenizer.codebook_size,
@@ -45,7 +45,10 @@ def make_policy(tokenizer: Tokenizer, config: DigitsConfig) -> Any:
             ),
             quantizer,
         )
-    grid = {"num_layers": config.policy_layers, "grid_size": math.isqrt(tokenizer.num_tokens)}
+    grid: dict[str, Any] = {
+        "num_layers": config.policy_layers,
+        "grid_size": math.isqrt(tokenizer.num_tokens),
+    }
     if config.family == "vqgan":
         return VqganGpt(VqganGptConfig(has_null_class=config.class_dropout > 0, **grid, **sizes))
     return LlamaGen(LlamaGenConfig(ffn_multiple_of=32, **grid, **sizes))

@@ -29,16 +29,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", help="comma-separated families; default: all of the folder")
     parser.add_argument("--case", help="name of a single case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparisons here")
+    parser.add_argument("--device", default="cpu", help="such as cuda; default: cpu")
     request = parser.parse_args(arguments)
+
+    import torch
 
     from rlgen.parity.cases import read_cases
     from rlgen.parity.run import run_case
 
+    try:
+        device = torch.empty(0, device=request.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {request.device} can't be used: {error}") from None
+    torch.backends.cudnn.allow_tf32 = False  # the numbers are float32's
     entries = _chosen(read_cases(request.cases), request.family, request.case)
     results: list[dict[str, Any]] = []
     for entry in entries:
         start = time.perf_counter()
-        comparisons = run_case(request.cases, entry)
+        comparisons = run_case(request.cases, entry, device=device)
         results.append(_result(entry, comparisons, time.perf_counter() - start))
         _print(results[-1])
     num_failed = sum(not result["passed"] for result in results)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rlgen.errors import ConfigError
@@ -29,6 +30,10 @@ class Case:
     tolerance: dict[str, dict[str, float]]
     state_entries: list[tuple[str, list[int], str, bool]]
     """(public name, shape, type, whether the rule makes it); VAR's names begin with vae: or var:"""
+
+    def tensor(self, name: str) -> Tensor:
+        """An array as a tensor on the default device."""
+        return torch.from_numpy(self.arrays[name]).to(torch.get_default_device())
 
     def weights(self, module: str = "") -> dict[str, Tensor]:
         """The rule's tensors by public name.
@@ -67,7 +72,7 @@ class Case:
 class Codes:
     """Integers from an argmin: they must agree where the choice was clear."""
 
-    array: np.ndarray
+    codes: Tensor
     margin: np.ndarray
     """Distance between the best and the second best code, of the reference."""
     threshold: float
@@ -76,7 +81,7 @@ class Codes:
     """Whether a near-tie makes all later codes of the row free, as in residual quantisation."""
 
 
-Outputs = dict[str, np.ndarray | Codes]
+Outputs = dict[str, np.ndarray | Tensor | Codes]
 
 
 @dataclass(frozen=True)
@@ -153,12 +158,13 @@ def compare(case: Case, outputs: Outputs) -> list[Comparison]:
     return [_compare_one(case, name, outputs.get(name)) for name in expected]
 
 
-def _compare_one(case: Case, name: str, found: np.ndarray | Codes | None) -> Comparison:
+def _compare_one(case: Case, name: str, found: np.ndarray | Tensor | Codes | None) -> Comparison:
     wanted = case.arrays[name]
     tolerance = float(case.tolerance.get(name, {}).get("atol", 0.0))
     if found is None:
         return Comparison(name, np.inf, tolerance, "not computed")
-    array = found.array if isinstance(found, Codes) else found
+    values = found.codes if isinstance(found, Codes) else found
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
     if array.shape != wanted.shape:
         return Comparison(name, np.inf, tolerance, f"shape {array.shape} instead of {wanted.shape}")
     if isinstance(found, Codes) or np.issubdtype(wanted.dtype, np.integer):

@@ -3,7 +3,6 @@
 Shapes: N rows, V codebook.
 """
 
-import torch
 from torch import Tensor
 
 from rlgen.parity.cases import Case, Outputs
@@ -32,7 +31,7 @@ def run_filters(case: Case) -> Outputs:
         ],
     }
     logits = {
-        suffix: torch.from_numpy(case.arrays[f"in.logits{suffix}"])
+        suffix: case.tensor(f"in.logits{suffix}")
         for suffix in ("", "_ties")
         if f"in.logits{suffix}" in case.arrays
     }
@@ -41,5 +40,5 @@ def run_filters(case: Case) -> Outputs:
         for index, one in enumerate(family_settings):
             for suffix, logits_NV in logits.items():
                 probs_NV: Tensor = processed_logprobs(logits_NV, one).exp()
-                found[f"out.{family}_probs_{index}{suffix}"] = probs_NV.numpy()
+                found[f"out.{family}_probs_{index}{suffix}"] = probs_NV
     return found

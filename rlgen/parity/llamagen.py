@@ -14,7 +14,7 @@ from torch import Tensor
 from rlgen.errors import ConfigError
 from rlgen.nn.weights import load_state
 from rlgen.parity.cases import Case, Outputs
-from rlgen.parity.logits import forced_logits, labels_and_tokens, logit_arrays, loss_array
+from rlgen.parity.logits import forced_logits, labels_and_tokens, logit_arrays, token_loss
 from rlgen.policies.captions import Captions
 from rlgen.policies.llamagen import LlamaGen, LlamaGenConfig
 from rlgen.types import SamplingSettings
@@ -65,8 +65,8 @@ def run_llamagen_t2i(case: Case) -> Outputs:
         caption_width=case.config["caption_dim"],
         num_caption_slots=case.config["cls_token_num"],
     )
-    features_BTW = torch.from_numpy(case.arrays["in.caption_rightpad"])
-    mask_BT = torch.from_numpy(case.arrays["in.caption_rightpad_mask"]).bool()
+    features_BTW = case.tensor("in.caption_rightpad")
+    mask_BT = case.tensor("in.caption_rightpad_mask").bool()
     num_valid_B = mask_BT.sum(dim=1)
     if not torch.equal(mask_BT, torch.arange(mask_BT.shape[1]) < num_valid_B[:, None]):
         raise ConfigError(f"case {case.name} has captions whose padding is not all on the right.")
@@ -77,7 +77,7 @@ def run_llamagen_t2i(case: Case) -> Outputs:
         )
     prompts = tuple(f"caption {index}" for index in range(len(features_BTW)))
     policy.set_captions(Captions(prompts, features_BTW, num_valid_B))
-    tokens_BL = torch.from_numpy(case.arrays["in.tokens"]).long()
+    tokens_BL = case.tensor("in.tokens").long()
     return _logits(case, policy, torch.arange(len(prompts)), tokens_BL)
 
 
@@ -132,7 +132,7 @@ def _logits(case: Case, policy: LlamaGen, class_ids_B: Tensor, tokens_BL: Tensor
     logits_BLV = {name: way() for name, way in ways.items() if _is_wanted(case, name)}
     found = logit_arrays(case, logits_BLV, tokens_BL)
     if "tf_cond" in logits_BLV:
-        found["out.tf_loss"] = loss_array(logits_BLV["tf_cond"], tokens_BL)
+        found["out.tf_loss"] = token_loss(logits_BLV["tf_cond"], tokens_BL)
     return found
 
 

@@ -5,8 +5,8 @@ Shapes: B images, L image tokens, V codebook.
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlgen.parity.cases import Case, Outputs
@@ -36,29 +36,25 @@ def logit_arrays(case: Case, logits_BLV: Mapping[str, Tensor], tokens_BL: Tensor
     found: Outputs = {}
     for name, logits in logits_BLV.items():
         if f"out.{name}" in case.arrays:
-            found[f"out.{name}"] = logits.numpy()
+            found[f"out.{name}"] = logits
         if f"out.{name}_slice" in case.arrays:
-            positions = torch.from_numpy(case.arrays["in.positions"])
-            ids = torch.from_numpy(case.arrays["in.vocab_ids"])
-            found[f"out.{name}_slice"] = logits[:, positions][..., ids].numpy()
+            positions = case.tensor("in.positions")
+            ids = case.tensor("in.vocab_ids")
+            found[f"out.{name}_slice"] = logits[:, positions][..., ids]
         logprobs = logits.log_softmax(dim=-1).gather(-1, tokens_BL[..., None])[..., 0]
-        found[f"out.{name}_token_logprob"] = logprobs.numpy()
-        found[f"out.{name}_logsumexp"] = logits.logsumexp(dim=-1).numpy()
+        found[f"out.{name}_token_logprob"] = logprobs
+        found[f"out.{name}_logsumexp"] = logits.logsumexp(dim=-1)
     return found
 
 
-def loss_array(logits_BLV: Tensor, tokens_BL: Tensor) -> np.ndarray:
+def token_loss(logits_BLV: Tensor, tokens_BL: Tensor) -> Tensor:
     """Mean cross entropy of the tokens, a scalar."""
-    return (
-        torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
-        .detach()
-        .numpy()
-    )
+    return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
 
 
 def labels_and_tokens(case: Case) -> tuple[Tensor, Tensor]:
     """in.labels [B] and in.tokens [B, L] as int64."""
     return (
-        torch.from_numpy(case.arrays["in.labels"]).long(),
-        torch.from_numpy(case.arrays["in.tokens"]).long(),
+        case.tensor("in.labels").long(),
+        case.tensor("in.tokens").long(),
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rlgen.errors import ConfigError, RlgenError
 from rlgen.parity.cases import Case, Comparison, Outputs, compare, load_case
@@ -14,6 +15,7 @@ from rlgen.parity.tokenizers import run_llamagen_vq, run_taming_vqgan, run_var_v
 from rlgen.parity.var import run_var
 from rlgen.parity.vqgan_gpt import run_vqgan_gpt
 
+CPU = torch.device("cpu")
 RUNNERS: dict[str, Callable[[Case], Outputs]] = {
     "llamagen_gpt_c2i": run_llamagen_c2i,
     "llamagen_gpt_t2i": run_llamagen_t2i,
@@ -26,13 +28,17 @@ RUNNERS: dict[str, Callable[[Case], Outputs]] = {
 }
 
 
-def run_case(folder: Path, entry: dict[str, Any]) -> list[Comparison]:
+def run_case(
+    folder: Path, entry: dict[str, Any], *, device: torch.device = CPU
+) -> list[Comparison]:
     """Compute one case and compare; what can't be computed is one failed comparison."""
     try:
         family = entry["family"]
         if family not in RUNNERS:
             raise ConfigError(f"family {family} is unknown; known are {', '.join(RUNNERS)}.")
         case = load_case(folder, entry)
-        return compare(case, RUNNERS[family](case))
+        with device:
+            outputs = RUNNERS[family](case)
+        return compare(case, outputs)
     except (RlgenError, KeyError, TypeError, ValueError, RuntimeError) as error:
         return [Comparison("-", np.inf, 0.0, f"{type(error).__name__}: {error}")]

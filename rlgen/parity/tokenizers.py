@@ -64,19 +64,19 @@ def run_var_vqvae(case: Case) -> Outputs:
     tokenizer = build_tokenizer("var_vqvae", case.config)
     assert isinstance(tokenizer, VarVQVAE)
     tokenizer.load_public_state_dict(case.weights(), case.name)
-    tokens_BL = torch.from_numpy(case.arrays["in.tokens"])
+    tokens_BL = case.tensor("in.tokens")
     f_hat = tokenizer.quantize.f_hat(tokens_BL)
     outputs: Outputs = {
-        "out.f_hat": f_hat.numpy(),
-        "out.var_input": tokenizer.quantize.inputs_of(tokens_BL).numpy(),
+        "out.f_hat": f_hat,
+        "out.var_input": tokenizer.quantize.inputs_of(tokens_BL),
         "out.phi_index": np.array(tokenizer.quantize.phi_index),
     }
     # Cases of the scales alone have no pixels.
     if "out.decoded" in case.arrays:
-        outputs["out.decoded"] = tokenizer.decode_map(f_hat).numpy()
+        outputs["out.decoded"] = tokenizer.decode_map(f_hat)
     if "in.image_u8" in case.arrays:
         latents = tokenizer.latents(_images_01(case))
-        outputs["out.latent"] = latents.numpy()
+        outputs["out.latent"] = latents
         outputs["out.codes"] = _codes(case, tokenizer.quantize.encode(latents), is_sequential=True)
     return outputs
 
@@ -86,25 +86,25 @@ def _run_grid(case: Case, tokenizer: GridVQ) -> Outputs:
     tokenizer.load_public_state_dict(case.weights(), case.name)
     outputs: Outputs = {}
     if "in.codes" in case.arrays:
-        tokens_Bhw = torch.from_numpy(case.arrays["in.codes"])
-        outputs["out.decoded"] = tokenizer.decode_grid(tokens_Bhw).numpy()
+        tokens_Bhw = case.tensor("in.codes")
+        outputs["out.decoded"] = tokenizer.decode_grid(tokens_Bhw)
     if "in.image_u8" in case.arrays:
         latents = tokenizer.latents(_images_01(case))
         codes = tokenizer.quantize.search(latents)
-        outputs["out.latent"] = latents.numpy()
+        outputs["out.latent"] = latents
         outputs["out.codes"] = _codes(case, codes, is_sequential=False)
-        outputs["out.quantized"] = tokenizer.quantize.look_up(codes).numpy()
-        outputs["out.reconstruction"] = tokenizer.decode_grid(codes).numpy()
+        outputs["out.quantized"] = tokenizer.quantize.look_up(codes)
+        outputs["out.reconstruction"] = tokenizer.decode_grid(codes)
     return outputs
 
 
 def _images_01(case: Case) -> Tensor:
-    return torch.from_numpy(case.arrays["in.image_u8"]).float() / 255
+    return case.tensor("in.image_u8").float() / 255
 
 
 def _codes(case: Case, codes: Tensor, *, is_sequential: bool) -> Codes:
     return Codes(
-        codes.numpy(),
+        codes,
         margin=case.arrays["aux.code_margin"],
         threshold=case.tolerance["out.codes"]["margin"],
         is_sequential=is_sequential,

@@ -67,9 +67,9 @@ def run_var(case: Case) -> Outputs:
         "ar_cfg": forced_logits(policy, class_ids_B, tokens_BL, guided),
     }
     found = logit_arrays(case, logits_BLV, tokens_BL)
-    found["out.var_input"] = policy.quantizer.inputs_of(tokens_BL).numpy()
+    found["out.var_input"] = policy.quantizer.inputs_of(tokens_BL)
     if "out.ar_image" in case.arrays:
-        found["out.ar_image"] = tokenizer.decode(tokens_BL).numpy()
+        found["out.ar_image"] = tokenizer.decode(tokens_BL)
     return found
 
 

@@ -5,7 +5,7 @@ import math
 from rlgen.errors import ConfigError
 from rlgen.nn.weights import load_state
 from rlgen.parity.cases import Case, Outputs
-from rlgen.parity.logits import forced_logits, labels_and_tokens, logit_arrays, loss_array
+from rlgen.parity.logits import forced_logits, labels_and_tokens, logit_arrays, token_loss
 from rlgen.policies.vqgan_gpt import VqganGpt, VqganGptConfig
 from rlgen.types import SamplingSettings
 
@@ -54,5 +54,5 @@ def run_vqgan_gpt(case: Case) -> Outputs:
         "decode": forced_logits(policy, class_ids_B, tokens_BL, SamplingSettings()),
     }
     found = logit_arrays(case, logits_BLV, tokens_BL)
-    found["out.tf_loss"] = loss_array(logits_BLV["tf"], tokens_BL)
+    found["out.tf_loss"] = token_loss(logits_BLV["tf"], tokens_BL)
     return found

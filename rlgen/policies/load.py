@@ -49,7 +49,7 @@ def build_policy(
     if kind not in _FAMILIES:
         raise CheckpointError(f"{source} is a {kind}; a policy is one of {', '.join(_FAMILIES)}.")
     module_type, config_type = _FAMILIES[kind]
-    config = make_config(config_type, dict(fields), source)
+    config: Any = make_config(config_type, dict(fields), source)
     if kind != "var":
         return module_type(config)
     if quantizer is None:
