@@ -8,65 +8,15 @@ values, key zero and the logarithm of their number as a bias.
 Shapes: B batch, S condition slots, T positions of this call, H heads, K head width, D = H*K width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlgen.nn.cache import DecodeCache, TokenCache
 from rlgen.nn.packed import PackedLinears
 from rlgen.nn.rotary import apply_rotary
-
-
-@dataclass
-class LayerCache:
-    """Keys and values of one layer, allocated once: [B, H, T_max, K] each."""
-
-    keys: Tensor
-    values: Tensor
-
-    @classmethod
-    def allocate(
-        cls,
-        batch: int,
-        heads: int,
-        length: int,
-        head_width: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> "LayerCache":
-        """Make an empty cache."""
-        shape = (batch, heads, length, head_width)
-        return cls(
-            torch.zeros(shape, device=device, dtype=dtype),
-            torch.zeros(shape, device=device, dtype=dtype),
-        )
-
-
-@dataclass
-class DecodeCache:
-    """What the decoding of next-token policies keeps between positions."""
-
-    layers: list[LayerCache]
-    linear: PackedLinears = field(default_factory=PackedLinears)
-    bias_B11T: Tensor | None = None
-    """Added to the scores of all cached positions, float32; None if there is nothing to add."""
-
-    @classmethod
-    def allocate(
-        cls, num_layers: int, batch: int, heads: int, length: int, *, weight: Tensor
-    ) -> "DecodeCache":
-        """Make empty caches for a model whose head is `weight` [V, D]."""
-        head_width = weight.shape[1] // heads
-        return cls(
-            [
-                LayerCache.allocate(
-                    batch, heads, length, head_width, device=weight.device, dtype=weight.dtype
-                )
-                for _ in range(num_layers)
-            ]
-        )
 
 
 @dataclass(frozen=True)
@@ -108,19 +58,20 @@ def log_counts(valid_BS: Tensor) -> Tensor:
 
 
 def attend_one(
-    query_BHK: Tensor, cache: LayerCache, length: int, bias_B11T: Tensor | None = None
+    query_BHK: Tensor, cache: TokenCache, length: int, bias_B11T: Tensor | None = None
 ) -> Tensor:
     """Attention of one position to the first `length` of the cache: [B, H, K]."""
-    keys, values = cache.keys[:, :, :length], cache.values[:, :, :length]
-    bias = None if bias_B11T is None else bias_B11T[..., :length]
     query = query_BHK[:, :, None]
     if query.device.type != "cpu":
-        mask = None if bias is None else bias.to(query.dtype)
+        mask = None if bias_B11T is None else bias_B11T[..., :length].to(query.dtype)
+        keys, values = cache.keys[:, :, :length], cache.values[:, :, :length]
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)[:, :, 0]
     # On a CPU the fused kernel is made for many queries; for one it takes up to six times as long.
+    keys, values = cache.keys, cache.values
     scores = torch.matmul(query, keys.transpose(2, 3)).float() * query.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + bias
+    if bias_B11T is not None:
+        scores = scores + bias_B11T[..., : keys.shape[2]]
+    scores[..., length:] = -torch.inf
     return torch.matmul(scores.softmax(dim=-1).to(values.dtype), values)[:, :, 0]
 
 
@@ -138,7 +89,7 @@ class RotaryAttention(nn.Module):
         x_BTD: Tensor,
         table: Tensor,
         slots: ConditionSlots | None = None,
-        cache: LayerCache | None = None,
+        cache: TokenCache | None = None,
     ) -> Tensor:
         """Attend to all earlier positions.
 
@@ -157,7 +108,7 @@ class RotaryAttention(nn.Module):
             num = slots.valid_BS.shape[1]
             mixed, seen = slots.attend(value[:, :, :num])
             if cache is not None:
-                cache.values[:, :, :1] = seen  # the key stays zero
+                cache.put(0, torch.zeros_like(seen[:, :, 0]), seen[:, :, 0])
             if slots.bias_B1TT is not None:
                 codes = F.scaled_dot_product_attention(
                     query[:, :, num:],
@@ -184,8 +135,7 @@ class RotaryAttention(nn.Module):
         qkv = cache.linear(x_BD, self.wqkv).view(batch, 1, 3 * self.heads, width // self.heads)
         query, key, value = self._split(qkv, table)
         own = cache.layers[layer]
-        own.keys[:, :, position] = key[:, :, 0]
-        own.values[:, :, position] = value[:, :, 0]
+        own.put(position, key[:, :, 0], value[:, :, 0])
         mixed_BHK = attend_one(query[:, :, 0], own, position + 1, cache.bias_B11T)
         return cache.linear(mixed_BHK.flatten(1), self.wo)
 

@@ -54,7 +54,8 @@ def _pack(layers: tuple[nn.Module, ...], num_rows: int) -> tuple[Tensor, Tensor 
         return None
     with torch.no_grad():
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), num_rows)
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
         return packed, torch.cat(biases) if biases else None
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlgen.nn.attention import LayerCache
+from rlgen.nn.cache import LayerCache
 
 _MAX_LOG_SCALE = math.log(100.0)
 

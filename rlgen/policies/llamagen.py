@@ -15,12 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from rlgen.errors import ConfigError
 from rlgen.nn.attention import (
     ConditionSlots,
-    DecodeCache,
     GatedFeedForward,
-    LayerCache,
     RotaryAttention,
     log_counts,
 )
+from rlgen.nn.cache import DecodeCache, TokenCache
 from rlgen.nn.norms import RMSNorm
 from rlgen.nn.rotary import RotaryTable2D
 from rlgen.policies.captions import CaptionEmbedding, Captions
@@ -97,7 +96,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         table: Tensor,
         slots: ConditionSlots | None = None,
-        cache: LayerCache | None = None,
+        cache: TokenCache | None = None,
     ) -> Tensor:
         """One layer over all positions; see RotaryAttention for the arguments."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), table, slots, cache)
@@ -198,7 +197,7 @@ class LlamaGen(nn.Module):
     def allocate_cache(self, batch: int) -> DecodeCache:
         """Caches for L positions: one for the condition, however many slots it has."""
         heads = self.config.num_heads
-        return DecodeCache.allocate(
+        return DecodeCache(
             len(self.layers), batch, heads, self.num_tokens, weight=self.output.weight
         )
 

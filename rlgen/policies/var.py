@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlgen.errors import ConfigError
-from rlgen.nn.attention import LayerCache
+from rlgen.nn.cache import LayerCache
 from rlgen.nn.var_blocks import ConditionLinear, ModulatedNorm, Modulation, Prefix, ScaleBlock
 from rlgen.policies.protocol import OneNullClass
 from rlgen.tokenizers.multiscale import MultiScaleQuantizer

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlgen.errors import ConfigError
-from rlgen.nn.attention import DecodeCache, attend_one
+from rlgen.nn.attention import attend_one
+from rlgen.nn.cache import DecodeCache
 from rlgen.policies.protocol import OneNullClass
 
 
@@ -92,8 +93,7 @@ class SelfAttention(nn.Module):
             for part in cache.linear.fused(x_BD, self.query, self.key, self.value)
         )
         own = cache.layers[layer]
-        own.keys[:, :, position] = key
-        own.values[:, :, position] = value
+        own.put(position, key, value)
         mixed_BHK = attend_one(query, own, position + 1)
         return cache.linear(mixed_BHK.flatten(1), self.proj)
 
@@ -176,9 +176,7 @@ class VqganGpt(OneNullClass, nn.Module):
     def allocate_cache(self, batch: int) -> DecodeCache:
         """Caches for L positions."""
         heads = self.config.num_heads
-        return DecodeCache.allocate(
-            len(self.blocks), batch, heads, self.num_tokens, weight=self.head.weight
-        )
+        return DecodeCache(len(self.blocks), batch, heads, self.num_tokens, weight=self.head.weight)
 
     def prefill(self, class_ids_B: Tensor, cache: DecodeCache) -> Tensor:
         """Feed the class; logits [B, 1, V] of code 0."""
