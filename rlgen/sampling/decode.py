@@ -92,7 +92,7 @@ def with_null_half(policy: Policy, class_ids_B: Tensor) -> Tensor:
 
 def _invert_cumulative(logprobs_BnV: Tensor, noise_Bn: Tensor) -> Tensor:
     """Draw by the cumulative distribution in float64; codes of probability 0 are never drawn."""
-    cumulative = logprobs_BnV.double().exp().cumsum(dim=-1)
+    cumulative = logprobs_BnV.exp().cumsum(dim=-1, dtype=torch.float64)
     threshold = noise_Bn[..., None] * cumulative[..., -1:]
     drawn = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
     return drawn.clamp_max(logprobs_BnV.shape[-1] - 1)  # only a NaN could lie beyond

@@ -46,7 +46,9 @@ def processed_logprobs(logits: Tensor, settings: SamplingSettings) -> Tensor:
     Returns:
         [..., V] float32 nats; -inf for codes cut off.
     """
-    logits = logits.float() / settings.temperature
+    logits = logits.float()
+    if settings.temperature != 1.0:
+        logits = logits / settings.temperature
     if 0 < settings.top_k < logits.shape[-1]:
         kth = logits.topk(settings.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
