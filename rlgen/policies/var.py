@@ -17,13 +17,19 @@ from itertools import accumulate
 from typing import Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlgen.errors import ConfigError
 from rlgen.nn.cache import LayerCache
-from rlgen.nn.var_blocks import ConditionLinear, ModulatedNorm, Modulation, Prefix, ScaleBlock
+from rlgen.nn.var_blocks import (
+    ConditionLinear,
+    ModulatedNorm,
+    Modulation,
+    Prefix,
+    ScaleBlock,
+    linear,
+)
 from rlgen.policies.protocol import OneNullClass
 from rlgen.tokenizers.multiscale import MultiScaleQuantizer
 
@@ -252,7 +258,7 @@ class VAR(OneNullClass, nn.Module):
         """Inputs of later scales: [B, T, D] float32, the same for the sampler and the learner."""
         with self._float32_only():
             embed = self.word_embed
-            return F.linear(inputs_BTC, embed.weight.float(), embed.bias.float()) + positions_1TD
+            return linear(inputs_BTC, embed.weight.float(), embed.bias.float()) + positions_1TD
 
     def _block_condition(self, condition_BD: Tensor) -> Tensor:
         """What the blocks' modulation takes."""
@@ -262,7 +268,7 @@ class VAR(OneNullClass, nn.Module):
         """[B, T, V] float32."""
         normed_BTD = self.head_nm(x_BTD, modulation)
         with self._float32_only():
-            return F.linear(normed_BTD, self.head.weight.float(), self.head.bias.float())
+            return linear(normed_BTD, self.head.weight.float(), self.head.bias.float())
 
     def _float32_only(self) -> torch.autocast:
         return torch.autocast(self.pos_1LC.device.type, enabled=False)

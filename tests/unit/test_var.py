@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlgen.errors import ConfigError
+from rlgen.nn.var_blocks import linear
 from rlgen.policies.var import VAR, VarConfig
 from rlgen.tokenizers.multiscale import MultiScaleConfig, MultiScaleQuantizer
 from tests.tiny_var import (
@@ -230,3 +231,17 @@ def test_a_fresh_policy_is_almost_uniform_and_its_blocks_do_almost_nothing() -> 
         block.ada_lin[1].weight.zero_()
     without = policy.teacher_forced(class_ids_B, tokens_BL)
     torch.testing.assert_close(without, logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("has_gelu", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8), (5, 8), (3, 7, 8)], ids=str)
+def test_a_linear_layer_is_the_same_with_and_without_gradients(shape, has_gelu) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in (shape, (6, 8), (6,)))
+    with torch.no_grad():
+        found = linear(x, weight, bias, has_gelu=has_gelu)
+    weight.requires_grad_(True)
+    expected = linear(x, weight, bias, has_gelu=has_gelu)
+    assert expected.requires_grad and not found.requires_grad
+    # Sums of 8 products of order 1; the two libraries' tanh differ by some 1e-6.
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=5e-6)
