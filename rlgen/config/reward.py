@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlgen.config.base import EMBEDDED, NonNegative, Positive, PositiveInt, Section
+from rlgen.config.distribution import LooFidConfig
 
 RewardScale = Literal["group_std", "batch_std", "running", "none"]
 
@@ -39,23 +40,6 @@ class PreferenceRewardConfig(Section):
 
 
 ScorerConfig = Annotated[ClipRewardConfig | PreferenceRewardConfig, Field(discriminator="type")]
-
-
-class LooFidConfig(Section):
-    """The distribution reward: leave-one-out FID over EMA feature moments."""
-
-    weight: NonNegative = 1.0
-    """Weight of its advantages; 0 still tracks the EMA's FID but rewards nothing."""
-    extractor: str = EMBEDDED
-    """Path or URL of the feature extractor's weights."""
-    reference: str = EMBEDDED
-    """Path or URL of the reference moments, taken in the extractor's feature space."""
-    covariance: Literal["full", "diagonal"] = "full"
-    """Exact full covariance, or the diagonal form of the published method."""
-    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """EMA decay of the feature moments per step."""
-    bootstrap_images: PositiveInt = 2000
-    """Images of the base policy that the EMA starts from."""
 
 
 def _default_scorers() -> dict[str, ClipRewardConfig | PreferenceRewardConfig | None]:
