@@ -235,6 +235,21 @@ def test_images_do_not_depend_on_their_company(family) -> None:
         torch.testing.assert_close(own, logprobs[part], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loop_never_reads_a_value_back(family) -> None:
+    # Tensors on the meta device have no values, so whoever asked for one would fail.
+    policy = FAMILIES[family]().to("meta")
+    settings = SamplingSettings(
+        cfg_scale=1.0 if policy.null_class is None else 2.0, temperature=0.7, top_k=20, top_p=0.9
+    )
+    class_ids_B = torch.arange(5, device="meta") % policy.num_classes
+    noise_BL = noise_for(policy, 5).to("meta")
+    tokens_BL, logprobs_BL = sample_tokens(policy, class_ids_B, noise_BL, settings)
+    assert tokens_BL.shape == logprobs_BL.shape == (5, policy.num_tokens)
+    with pytest.raises(RuntimeError):
+        tokens_BL.max().item()
+
+
 def test_guidance_is_refused_where_no_condition_was_ever_dropped() -> None:
     guided = SamplingSettings(cfg_scale=1.5)
     for policy in (tiny_vqgan_gpt(), tiny_llamagen(has_null_class=False)):
