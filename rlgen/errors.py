@@ -38,5 +38,9 @@ class NumericsError(RlgenError, ArithmeticError):
     """A value that must be finite, or an invariant that must hold, does not."""
 
 
+class GuardError(RlgenError, RuntimeError):
+    """The guard ended a run whose judged quality collapsed."""
+
+
 class PlacementError(RlgenError, RuntimeError):
     """The cluster cannot host what the plan asks for."""

@@ -22,6 +22,7 @@ SPOOL_NAME = "mlflow_spool.jsonl"
 FLUSH_INTERVAL_S = 2.0
 MAX_BACKOFF_S = 60.0
 SECRET_NAME = re.compile(r"(?i)passw|secret|credential|(api|access|private)_?key|(^|_)token$")
+MAX_LIST_CHARS = 2000
 
 Record = dict[str, Any]
 Status = Literal["FINISHED", "FAILED"]
@@ -185,7 +186,9 @@ def flatten_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, str
         elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
             flat |= flatten_params({str(i): item for i, item in enumerate(value)}, f"{path}.")
         elif isinstance(value, (list, tuple)):
-            flat[path] = json.dumps([redacted(name, item) for item in value])
+            text = json.dumps([redacted(name, item) for item in value])
+            # The config.yaml beside it has the whole list, such as a thousand class names.
+            flat[path] = text if len(text) <= MAX_LIST_CHARS else f"{text[:MAX_LIST_CHARS]}..."
         else:
             flat[path] = str(redacted(name, value))
     return flat

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlgen.config.base import EMBEDDED, Dtype, NonNegative, Positive, PositiveInt, Section
 from rlgen.config.digits import DigitsConfig
+from rlgen.config.guard import GuardConfig
 from rlgen.config.learning import EntropyConfig, GrpoConfig, LearnerConfig
 from rlgen.config.models import model_spec
 from rlgen.config.reward import (
@@ -186,6 +187,7 @@ class RunConfig(Section):
     entropy: EntropyConfig = EntropyConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -32,7 +32,7 @@ def save_run(config: RunConfig, runtime: Runtime, recorder: "Recorder", step: in
     parts.append(write_part(uri, "config.yaml", dump_yaml(config).encode()))
     meta = {"step": step, "resume_key": resume_key(config), **recorder.state()}
     commit_checkpoint(uri, parts, meta=meta)
-    prune_checkpoints(root, keep=config.checkpoint.keep)
+    prune_checkpoints(root, keep=config.checkpoint.keep, protected=recorder.best_checkpoint)
 
 
 def restore_run(config: RunConfig, runtime: Runtime, recorder: "Recorder") -> int:

@@ -32,24 +32,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(request: Request) -> int:
     """Prepare inputs, place the roles, train, and leave a folder that shows the result."""
+    from rlgen.jobs.guarding import Rollback
     from rlgen.jobs.prepare import make_runtime, prepare_inputs
     from rlgen.jobs.recorder import Recorder
 
     with Recorder(request.config, output=request.output) as recorder:
         config = prepare_inputs(request.config, recorder)
         recorder.open(config)
-        runtime = make_runtime(config, recorder)
-        try:
-            train(config, runtime, recorder)
-        finally:
-            runtime.close()
-    return 0
+        while True:
+            runtime = make_runtime(config, recorder)
+            try:
+                train(config, runtime, recorder)
+                return 0
+            except Rollback as rollback:
+                config = rollback.config
+                recorder.roll_back(config)
+            finally:
+                runtime.close()
 
 
 def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     """The run itself, on roles that are placed but not started."""
     from rlgen.evaluation.evaluator import Evaluator
     from rlgen.jobs.checkpoints import restore_run, save_run
+    from rlgen.jobs.guarding import act_on, keep_best
     from rlgen.jobs.stopwatch import Stopwatch
     from rlgen.learner.batch import learner_batch, pooled
     from rlgen.sampling.units import training_units
@@ -62,6 +68,7 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
         recorder.begin(evaluator.sweep(0))
         bootstrap_moments(config, runtime)
         first_step = 0
+        keep_best(config, runtime, recorder, first_step)
     else:
         first_step = restore_run(config, runtime, recorder)
 
@@ -84,8 +91,10 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
         metrics = runtime.learn(learner_batch(step, scored, rewards))
         watch.lap("learn")
         recorder.log_step(step, scored, rewards, metrics | watch.metrics())
-        if is_due(step + 1, config.evaluation.every_steps) and step + 1 < config.steps:
-            recorder.log_evaluation(step + 1, *evaluator.evaluate(step + 1))
+        if is_judged(step + 1, config):
+            broken = recorder.log_evaluation(step + 1, *evaluator.evaluate(step + 1))
+            act_on(broken, config, runtime, recorder, step + 1)
+            keep_best(config, runtime, recorder, step + 1)
         if is_due(step + 1, config.checkpoint.every_steps) or step + 1 == config.steps:
             save_run(config, runtime, recorder, step + 1)
 
@@ -117,6 +126,12 @@ def bootstrap_moments(config: RunConfig, runtime: "Runtime") -> None:
     runtime.submit(units)
     features = [scored.features_BF for scored in runtime.collect(units)]
     runtime.bootstrap_moments(np.concatenate([f for f in features if f is not None]))
+
+
+def is_judged(step: int, config: RunConfig) -> bool:
+    """Whether the policy is judged after this step; the last one is judged at the end."""
+    due = is_due(step, config.evaluation.every_steps) or is_due(step, config.guard.every)
+    return due and step < config.steps
 
 
 def is_due(step: int, every: int) -> bool:

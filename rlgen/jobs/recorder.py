@@ -19,11 +19,12 @@ from rlgen.config.run import RunConfig
 from rlgen.errors import ConfigError
 from rlgen.evaluation.evaluator import Sweep
 from rlgen.evaluation.grid import arrange_by_class, write_grid
+from rlgen.evaluation.guard import Guard, Judgement
 from rlgen.evaluation.judge import Quality
 from rlgen.jobs.console import RunProgress, summary_table
 from rlgen.jobs.memory import PeakMemory
 from rlgen.jobs.report import build_report
-from rlgen.learner.checkpoint import read_meta
+from rlgen.learner.checkpoint import checkpoint_uri, read_meta
 from rlgen.storage import atomic_path, write_bytes
 from rlgen.tracking import Tracker, ui_command
 from rlgen.types import ScoredRollout, StepRewards
@@ -57,6 +58,9 @@ class Recorder:
         self._before: dict[str, Any] = {}
         self._sweeps: dict[str, dict[str, float]] = {}
         self._groups: dict[str, Any] = {"generated": 0, "trained": 0, "dropped": {}}
+        self._guard = Guard(config.guard)
+        self._alarms: list[dict[str, Any]] = []
+        self.num_rollbacks = 0
 
     def __enter__(self) -> Self:
         self._memory.__enter__()
@@ -128,8 +132,12 @@ class Recorder:
         self._write(step + 1, row)
         self._progress.step(step + 1, row)
 
-    def log_evaluation(self, step: int, quality: Quality, images_u8: np.ndarray) -> None:
-        """Take in one evaluation without guidance, and its grid."""
+    def log_evaluation(self, step: int, quality: Quality, images_u8: np.ndarray) -> list[str]:
+        """Take in one evaluation without guidance, and its grid.
+
+        Returns:
+            the rules of the guard that it breaks, in words.
+        """
         self._write(step, quality.as_metrics())
         if step:
             self._progress.step(step, quality.as_metrics())
@@ -141,6 +149,44 @@ class Recorder:
         write_grid(grid, cells, columns=evaluation.grid_images_per_class)
         if self._tracker is not None:
             self._tracker.log_image(step, grid)
+        return self._judge(step, quality)
+
+    def _judge(self, step: int, quality: Quality) -> list[str]:
+        """Ask the guard, and sound the alarm."""
+        if self.config.guard.every == 0:
+            return []
+        scorers = self.config.reward.active_scorers
+        weights = {name: scorer.weight for name, scorer in scorers.items()}
+        self._guard = self._guard.observed(Judgement.of(step, quality, weights))
+        broken = self._guard.broken_rules()
+        self._write(step, {"guard/broken_rules": float(len(broken))})
+        if broken:
+            self._alarms.append({"step": step, "rules": broken})
+            self.note(f"guard, step {step}: {'; '.join(broken)}")
+            if self._tracker is not None:
+                self._tracker.set_tags({"guard": f"step {step}: {'; '.join(broken)}"})
+        return broken
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the lowest judge FID so far; None without a guard."""
+        return None if self._guard.best is None else self._guard.best.step
+
+    @property
+    def best_checkpoint(self) -> str | None:
+        """Where the policy of that step is, if the run keeps it for a rollback."""
+        if self.config.guard.action != "rollback" or self.best_step is None:
+            return None
+        return checkpoint_uri(self.checkpoint_root, self.best_step)
+
+    def roll_back(self, config: RunConfig) -> None:
+        """Go on with other settings in the same run, after a rollback."""
+        self.config = config
+        self.num_rollbacks += 1
+        unresumed = config.with_values({"checkpoint.resume_from": None})
+        write_bytes(str(self.folder / "config.yaml"), dump_yaml(unresumed).encode())
+        if self._tracker is not None:
+            self._tracker.log_artifact(self.folder / "config.yaml")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold so that a resumed run reports as one."""
@@ -150,6 +196,9 @@ class Recorder:
             "sweeps": self._sweeps,
             "groups": self._groups,
             "mlflow_run_id": run_id,
+            "guard": self._guard.state_dict(),
+            "alarms": self._alarms,
+            "num_rollbacks": self.num_rollbacks,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -157,6 +206,10 @@ class Recorder:
         self._before = state["before"]
         self._sweeps = state["sweeps"]
         self._groups = state["groups"]
+        self._guard = self._guard.restored(state["guard"])
+        # A rollback rewinds the run, but not the memory that it happened.
+        self._alarms = max(self._alarms, state["alarms"], key=len)
+        self.num_rollbacks = max(self.num_rollbacks, state["num_rollbacks"])
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
             rows = metrics.read_text().splitlines(keepends=True)
@@ -188,6 +241,7 @@ class Recorder:
             "policy_sha256": policy_sha256,
             "groups": self._groups,
             "restarts": restarts,
+            "guard": {"alarms": self._alarms, "rollbacks": self.num_rollbacks},
             "peak_pss_gib": self._memory.peak_gib,
         }
         with atomic_path(self.folder / "summary.json") as partial:

@@ -76,13 +76,22 @@ def read_part(uri: str, name: str) -> bytes:
     return payload
 
 
-def prune_checkpoints(root: str, *, keep: int) -> None:
-    """Delete all but the newest `keep` committed checkpoints; the marker goes first."""
+def prune_checkpoints(root: str, *, keep: int, protected: str | None = None) -> None:
+    """Delete all but the newest `keep` committed checkpoints; the marker goes first.
+
+    Args:
+        root: folder or URL of the checkpoints.
+        keep: how many to keep.
+        protected: a checkpoint's URI that stays as well.
+    """
     filesystem, path = fsspec.core.url_to_fs(root)
     markers = filesystem.glob(f"{path.rstrip('/')}/step-*/{MARKER}")
     # Shorter names first, because step-100000 is newer than step-99999.
     committed = sorted(markers, key=lambda marker: (len(marker), marker))
+    kept_name = None if protected is None else protected.rstrip("/").rpartition("/")[2]
     for marker in committed[:-keep]:
+        if marker.split("/")[-2] == kept_name:
+            continue
         filesystem.rm(marker)
         filesystem.rm(marker.rpartition("/")[0], recursive=True)
 
