@@ -145,7 +145,7 @@ def describe(policy: nn.Module, request: argparse.Namespace, device: torch.devic
         "batch": request.batch,
         "cfg_scale": request.cfg_scale,
         "dtype": request.dtype,
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -170,9 +170,10 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / BYTES_PER_GIB
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name()
+        return torch.cuda.getdevice_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -60,13 +60,18 @@ def run_llamagen_t2i(case: Case) -> Outputs:
     case.check_fields(config=(*_FIELDS, "caption_dim"), settings=(*_SETTINGS, "valid_tokens"))
     if case.config["model_type"] != "t2i":
         raise ConfigError(f"case {case.name} has model_type {case.config['model_type']}, not t2i.")
+    # The public model has as many learned slots as its default, whatever cls_token_num is.
+    learned_SW = case.weights()["cls_embedding.uncond_embedding"]
     policy = _policy(
-        case,
-        caption_width=case.config["caption_dim"],
-        num_caption_slots=case.config["cls_token_num"],
+        case, caption_width=case.config["caption_dim"], num_caption_slots=len(learned_SW)
     )
     features_BTW = case.tensor("in.caption_rightpad")
     mask_BT = case.tensor("in.caption_rightpad_mask").bool()
+    if features_BTW.shape[1] != case.config["cls_token_num"]:
+        raise ConfigError(
+            f"case {case.name} has cls_token_num {case.config['cls_token_num']} and captions of "
+            f"{features_BTW.shape[1]} tokens."
+        )
     num_valid_B = mask_BT.sum(dim=1)
     if not torch.equal(mask_BT, torch.arange(mask_BT.shape[1]) < num_valid_B[:, None]):
         raise ConfigError(f"case {case.name} has captions whose padding is not all on the right.")
