@@ -36,25 +36,29 @@ class Guard:
     config: GuardConfig
     base: Judgement | None = None
     best: Judgement | None = None
+    """The lowest judge FID of those that broke no rule."""
     last: Judgement | None = None
     num_hollow_gains: int = 0
     """Successive judgements in which reward and judge FID both rose."""
 
     def observed(self, now: Judgement) -> "Guard":
         """Remember a judgement; the first one is the base's."""
-        is_better = self.best is None or now.judge_fid < self.best.judge_fid
         is_hollow = (
             self.last is not None
             and now.reward > self.last.reward
             and now.judge_fid > self.last.judge_fid
         )
-        return replace(
+        seen = replace(
             self,
             base=self.base or now,
-            best=now if is_better else self.best,
+            best=self.best or now,
             last=now,
             num_hollow_gains=self.num_hollow_gains + 1 if is_hollow else 0,
         )
+        assert seen.best is not None, "set above"
+        if now.judge_fid < seen.best.judge_fid and not seen.broken_rules():
+            return replace(seen, best=now)
+        return seen
 
     def broken_rules(self) -> list[str]:
         """What is wrong with the last judgement, in words with numbers; empty if nothing is."""

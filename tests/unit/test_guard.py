@@ -24,6 +24,11 @@ def test_progress_breaks_no_rule() -> None:
     assert guard.best is not None and guard.best.step == 20
 
 
+def test_what_breaks_a_rule_is_never_the_best() -> None:
+    guard = guarded((6, 0.94, 0.0), (4, 0.94, 0.0), (1, 0.5, 0.0))
+    assert guard.broken_rules() and guard.best is not None and guard.best.step == 10
+
+
 def test_nothing_is_broken_before_the_first_judgement() -> None:
     assert guarded().broken_rules() == [] and guarded().best is None
 
