@@ -130,7 +130,8 @@ class CaptionEmbedding(nn.Module):
             ConfigError: captions of another encoder, or longer than the slots.
         """
         num_slots, feature_width = self.uncond_embedding.shape
-        length, width = captions.features_NTW.shape[1:]
+        width = captions.features_NTW.shape[2]
+        length = max(int(captions.num_valid_N.max()), 1)  # what pads all captions is cut
         if width != feature_width or length > num_slots:
             raise ConfigError(
                 f"captions have {length} tokens of {width} features, and the policy takes at most "
@@ -138,7 +139,7 @@ class CaptionEmbedding(nn.Module):
                 f"cut to {num_slots} tokens."
             )
         device = self.uncond_embedding.device
-        self.features_NTW = captions.features_NTW.to(device)
+        self.features_NTW = captions.features_NTW[:, :length].to(device)
         self.num_valid_N = captions.num_valid_N.to(device)
 
     def forward(self, class_ids_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -154,6 +154,18 @@ def test_what_lies_in_the_padding_does_not_matter() -> None:
 
 
 @torch.no_grad()
+def test_padding_that_all_captions_share_costs_nothing() -> None:
+    policy = tiny_text_llamagen()
+    ids_B, tokens_BL = random_images(policy, 4)
+    before = policy.teacher_forced(ids_B, tokens_BL)
+    captions = tiny_captions()
+    padded = F.pad(captions.features_NTW, (0, 0, 0, 500))  # more than the policy has slots
+    policy.set_captions(Captions(captions.prompts, padded, captions.num_valid_N))
+    assert policy.cls_embedding(ids_B)[0].shape[1] == max(VALID_TOKENS)
+    assert torch.equal(policy.teacher_forced(ids_B, tokens_BL), before)
+
+
+@torch.no_grad()
 def test_longer_captions_in_the_table_change_nothing_for_the_others() -> None:
     policy = tiny_text_llamagen(valid_tokens=(2, 3))
     ids_B, tokens_BL = random_images(policy, 2)
@@ -263,7 +275,7 @@ def test_captions_that_do_not_fit_the_policy_are_refused() -> None:
     for width, length in ((FEATURE_WIDTH, NUM_SLOTS + 1), (FEATURE_WIDTH + 1, 2)):
         features = torch.zeros(1, length, width)
         with pytest.raises(ConfigError, match=f"{length} tokens of {width} features.*at most 9"):
-            policy.set_captions(Captions(("a",), features, torch.tensor([1])))
+            policy.set_captions(Captions(("a",), features, torch.tensor([length])))
     with pytest.raises(ConfigError, match="class-conditional policy"):
         tiny_llamagen().set_captions(tiny_captions())
 
