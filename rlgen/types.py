@@ -56,6 +56,9 @@ class WorkUnit:
     settings: SamplingSettings
     kept_images: tuple[int, ...] = ()
     """Which of the unit's images the reward worker returns as thumbnails."""
+    is_detailed: bool = False
+    """Whether an evaluation also asks for features in the LOO-FID extractor's space and for the
+    judge's class logits."""
 
     @property
     def num_images(self) -> int:
@@ -92,6 +95,8 @@ class ScoredRollout:
     images_u8: np.ndarray | None
     """uint8 [len(kept_images), 3, H, W]."""
     scoring_s: float
+    judge_logits_BC: np.ndarray | None = None
+    """float32 [B, C]; only for detailed units, None if the judge has no class logits."""
 
 
 @dataclass(frozen=True)

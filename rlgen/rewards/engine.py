@@ -3,7 +3,7 @@
 Owns the decoder, the scorers, the feature extractor and the judge. Must not know Ray, nor
 what the scores are used for. Pixels stay here but for a few thumbnails.
 
-Shapes: P conditions, G group, B = P*G images, L image tokens, F features.
+Shapes: P conditions, G group, B = P*G images, L image tokens, F features, C the judge's classes.
 """
 
 import time
@@ -59,7 +59,7 @@ class RewardEngine:
         """Decode and score; which parts run depends on the purpose of the unit.
 
         Training needs rewards and features, the bootstrap features, an evaluation rewards and
-        the judge.
+        the judge; a detailed unit of an evaluation needs everything.
 
         Raises:
             RewardError: a scorer fails, or returns another shape, type or a non-finite score.
@@ -70,26 +70,27 @@ class RewardEngine:
         class_ids_B = torch.from_numpy(np.repeat(unit.class_ids_P, unit.group_size))
         images_01 = self.tokenizer.decode(tokens_BL)
         rewards: dict[str, np.ndarray] = {}
-        features = judge_features = hits = None
+        features = judge_features = logits_BC = None
         if unit.purpose != "bootstrap":
             for name in self.scorers:
                 rewards[name] = self._instance_reward(
                     name, images_01, class_ids_B, group_size=unit.group_size
                 )
-        if unit.purpose != "evaluate" and self.extractor is not None:
+        if (unit.purpose != "evaluate" or unit.is_detailed) and self.extractor is not None:
             features = self.extractor(images_01).float().cpu().numpy()
         if unit.purpose == "evaluate":
             judge_features = self.judge(images_01).float().cpu().numpy()
-            hits = self._judge_hits(images_01, class_ids_B)
+            logits_BC = self._judge_logits(images_01)
         kept = images_01[list(unit.kept_images)]
         return ScoredRollout(
             rollout=rollout,
             rewards=rewards,
             features_BF=features,
             judge_features_BF=judge_features,
-            judge_hits_B=hits,
+            judge_hits_B=self._judge_hits(logits_BC, class_ids_B),
             images_u8=(kept * 255).round().to(torch.uint8).cpu().numpy() if len(kept) else None,
             scoring_s=time.perf_counter() - start,
+            judge_logits_BC=logits_BC if unit.is_detailed else None,
         )
 
     def _instance_reward(
@@ -102,8 +103,11 @@ class RewardEngine:
         check_scores(name, scores, class_ids_B, group_size=group_size)
         return scores.float().cpu().numpy()
 
-    def _judge_hits(self, images_01: Tensor, class_ids_B: Tensor) -> np.ndarray | None:
+    def _judge_logits(self, images_01: Tensor) -> np.ndarray | None:
         classify = getattr(self.judge, "classify", None)
-        if classify is None:
-            return None
-        return (classify(images_01).argmax(dim=-1).cpu() == class_ids_B).numpy()
+        return None if classify is None else classify(images_01).float().cpu().numpy()
+
+    def _judge_hits(self, logits_BC: np.ndarray | None, class_ids_B: Tensor) -> np.ndarray | None:
+        if logits_BC is None or logits_BC.shape[1] != len(self.class_names):
+            return None  # the judge knows no classes, or others
+        return logits_BC.argmax(axis=1) == class_ids_B.numpy()
