@@ -23,8 +23,9 @@ def frechet_distance(a: Moments, b: Moments, *, unbiased: bool = False) -> float
 
     |mean_a - mean_b|^2 + tr S_a + tr S_b - 2 tr sqrt(L^T S L) with one covariance factored as
     L L^T: a symmetric problem, so no complex square roots. The side with fewer samples is
-    factored, and its components beyond rank count - 1 are dropped: square roots of eigenvalues
-    that are rounding noise would otherwise add up to a visible error.
+    factored: by Cholesky if that is safe, which takes a tenth of the time, else by its eigenvectors
+    without the components beyond rank count - 1, as square roots of eigenvalues that are rounding
+    noise would add up to a visible error.
 
     Args:
         a: moments over F dimensions.
@@ -73,7 +74,15 @@ def _covariance(moments: Moments, *, unbiased: bool) -> Tensor:
 
 
 def _factor(cov_FF: Tensor, count: float) -> Tensor:
-    """L with L L^T = cov, columns by descending eigenvalue (graded: better small eigenvalues)."""
+    """L with L L^T = cov, [F, R]; from eigenvectors in descending order if cov is near-singular.
+
+    The descending order makes the product graded, which keeps more digits of small eigenvalues.
+    """
+    if count > len(cov_FF):
+        lower_FF, info = torch.linalg.cholesky_ex(cov_FF)
+        pivots_F = lower_FF.diagonal().square()
+        if info == 0 and pivots_F.min() > ROUNDING_EIGENVALUE * pivots_F.max():
+            return lower_FF
     values_F, vectors_FF = torch.linalg.eigh(cov_FF)
     values_F, vectors_FF = values_F.flip(0).clamp(min=0), vectors_FF.flip(1)
     ranks_F = torch.arange(1, len(values_F) + 1, device=values_F.device)
