@@ -11,6 +11,7 @@ from rlgen.errors import ConfigError, RlgenError
 from rlgen.parity.cases import Case, Comparison, Outputs, compare, load_case
 from rlgen.parity.filters import run_filters
 from rlgen.parity.llamagen import run_llamagen_c2i, run_llamagen_t2i
+from rlgen.parity.metrics import run_metrics
 from rlgen.parity.tokenizers import run_llamagen_vq, run_taming_vqgan, run_var_vqvae
 from rlgen.parity.var import run_var
 from rlgen.parity.vqgan_gpt import run_vqgan_gpt
@@ -25,6 +26,7 @@ RUNNERS: dict[str, Callable[[Case], Outputs]] = {
     "taming_mingpt": run_vqgan_gpt,
     "taming_vqgan": run_taming_vqgan,
     "sampling_filters": run_filters,
+    "metrics": run_metrics,
 }
 
 
