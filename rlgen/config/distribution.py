@@ -20,5 +20,13 @@ class LooFidConfig(Section):
     """Exact full covariance, or the diagonal form of the published method."""
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """EMA decay of the feature moments per step."""
+    start: Literal["policy", "reference"] = "policy"
+    """What the EMA starts from: images of the base policy, or the reference itself. The latter
+    costs no images, but begins at distance 0: there is little signal until the window has passed,
+    and the history hides what the policy does."""
     bootstrap_images: PositiveInt = 2000
-    """Images of the base policy that the EMA starts from."""
+    """Images of the base policy that the EMA starts from if start is policy."""
+
+    def effective_samples(self, images_per_step: int) -> float:
+        """Samples that the EMA is worth once it has forgotten its start."""
+        return images_per_step * (1 + self.decay) / (1 - self.decay)

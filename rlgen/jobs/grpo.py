@@ -108,17 +108,18 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
 
 
 def bootstrap_moments(config: RunConfig, runtime: "Runtime") -> None:
-    """Start the EMA from images of the base policy, sampled like the training's."""
+    """Start the EMA from images of the base policy, sampled like the training's, if asked to."""
     import numpy as np
 
     from rlgen.sampling.units import independent_units, training_settings
 
-    if config.reward.loo_fid is None:
+    loo_fid = config.reward.loo_fid
+    if loo_fid is None or loo_fid.start == "reference":
         return
     units = independent_units(
         config,
         "bootstrap",
-        num_images=config.reward.loo_fid.bootstrap_images,
+        num_images=loo_fid.bootstrap_images,
         seed=config.seed,
         policy_version=0,
         settings=training_settings(config),

@@ -3,6 +3,7 @@
 Owns the questions whether the files that a configuration names fit each other.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlgen.errors import CheckpointError, ConfigError
 from rlgen.evaluation.judge import load_real_features
 from rlgen.features.extractor import load_extractor
 from rlgen.learner.checkpoint import read_meta
+from rlgen.learner.sample_size import few_samples
 from rlgen.moments.reference import ReferenceMoments, check_reference, load_reference
 from rlgen.policies.captions import load_captions
 from rlgen.policies.load import load_policy, read_policy_file
@@ -88,12 +90,16 @@ def _check_moments(config: RunConfig, device: torch.device) -> None:
     if loo_fid is None:
         return
     extractor = load_extractor(loo_fid.extractor, device)
+    reference = _read_reference(loo_fid.reference)
     check_reference(
-        _read_reference(loo_fid.reference),
+        reference,
         feature_space=extractor.feature_space,
         num_features=extractor.num_features,
         path=f"reward.loo_fid.reference = {loo_fid.reference}",
     )
+    few = few_samples(config, num_features=extractor.num_features, reference_count=reference.count)
+    if few:
+        warnings.warn(few, stacklevel=2)
 
 
 def _read_reference(location: str) -> ReferenceMoments:

@@ -5,16 +5,17 @@ and pass the open file) nor what the moments are used for.
 
 Format version 1, one .npz: `format_version` int, `feature_space` str (the id of network, layer
 and width), `preprocessing` str (free text, for people), `count` int, `mean` [F] float64, `cov`
-[F, F] float64, biased.
+[F, F] float64, biased. Optional, and unknown to older readers: `images_sha256` str; and, all
+three or none, `class_names` [K] str, `class_counts` [K] int, `class_means` [K, F] float64.
 
-Shapes: F feature dimensions.
+Shapes: F feature dimensions, K classes.
 """
 
 from __future__ import annotations
 
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import BinaryIO
 
@@ -23,10 +24,12 @@ import torch
 from torch import Tensor
 
 from rlgen.errors import ConfigError
+from rlgen.moments.classes import ClassMeans, check_class_means
 from rlgen.moments.moments import Moments
 
 FORMAT_VERSION = 1
 KEYS = ("format_version", "feature_space", "preprocessing", "count", "mean", "cov")
+CLASS_KEYS = ("class_names", "class_counts", "class_means")
 SYMMETRY_TOLERANCE = 1e-9
 """Relative to the largest entry: files written from float64 sums differ by rounding only."""
 
@@ -45,11 +48,30 @@ class ReferenceMoments:
     """[F, F] float64, symmetric, divisor count, CPU."""
     preprocessing: str = ""
     """How images became features, for people to read."""
+    images_sha256: str = ""
+    """Sum of the image files' sha256 modulo 2^256, 64 hexadecimal digits; empty if unknown."""
+    classes: ClassMeans | None = None
+    """Means of the classes, if every image has one."""
 
     @property
     def moments(self) -> Moments:
         """The same numbers without their origin."""
         return Moments(float(self.count), self.mean_F, self.cov_FF)
+
+    def within_classes(self) -> ReferenceMoments:
+        """The reference of class-centred features: mean 0, covariance within classes.
+
+        Raises:
+            ConfigError: the class means are not known.
+        """
+        if self.classes is None:
+            raise ConfigError(
+                f"reference moments of {self.feature_space!r} hold no class means; make the file "
+                "from images in one folder per class, or set "
+                "reward.loo_fid.class_conditional=false."
+            )
+        cov_FF = self.cov_FF - self.classes.scatter(self.mean_F)
+        return replace(self, mean_F=torch.zeros_like(self.mean_F), cov_FF=cov_FF, classes=None)
 
 
 def save_reference(file: str | PathLike[str] | BinaryIO, reference: ReferenceMoments) -> None:
@@ -70,6 +92,7 @@ def save_reference(file: str | PathLike[str] | BinaryIO, reference: ReferenceMom
         reference.cov_FF.detach().cpu().numpy(),
         name=name,
     )
+    checked = _with_details(checked, reference.images_sha256, reference.classes, name=name)
     if isinstance(file, (str, PathLike)):
         # Opened here because np.savez adds ".npz" to a path that lacks it.
         with open(file, "wb") as opened:
@@ -79,6 +102,13 @@ def save_reference(file: str | PathLike[str] | BinaryIO, reference: ReferenceMom
 
 
 def _write(file: BinaryIO, reference: ReferenceMoments) -> None:
+    details: dict[str, np.ndarray] = {}
+    if reference.images_sha256:
+        details["images_sha256"] = np.array(reference.images_sha256)
+    if reference.classes is not None:
+        details["class_names"] = np.array(reference.classes.names, dtype=np.str_)
+        details["class_counts"] = np.array(reference.classes.counts, dtype=np.int64)
+        details["class_means"] = reference.classes.means_KF.numpy()
     np.savez(
         file,
         format_version=np.int64(FORMAT_VERSION),
@@ -87,6 +117,7 @@ def _write(file: BinaryIO, reference: ReferenceMoments) -> None:
         count=np.int64(reference.count),
         mean=reference.mean_F.numpy(),
         cov=reference.cov_FF.numpy(),
+        **details,  # type: ignore[arg-type]
     )
 
 
@@ -114,7 +145,8 @@ def load_reference(file: str | PathLike[str] | BinaryIO) -> ReferenceMoments:
                     f"{', '.join(archive.files) or 'nothing'}); make the file with "
                     "rlgen.moments.reference.save_reference."
                 )
-            arrays = {key: archive[key] for key in KEYS}
+            optional = [k for k in ("images_sha256", *CLASS_KEYS) if k in archive.files]
+            arrays = {key: archive[key] for key in (*KEYS, *optional)}
     except ConfigError:
         raise
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
@@ -130,7 +162,7 @@ def load_reference(file: str | PathLike[str] | BinaryIO) -> ReferenceMoments:
             f"reference moments {name} have format version {version}, this rlgen reads "
             f"{FORMAT_VERSION}; make the file again."
         )
-    return _check_values(
+    checked = _check_values(
         str(arrays["feature_space"]),
         str(arrays["preprocessing"]),
         int(arrays["count"]),
@@ -138,6 +170,8 @@ def load_reference(file: str | PathLike[str] | BinaryIO) -> ReferenceMoments:
         arrays["cov"],
         name=name,
     )
+    images_sha256 = str(arrays.get("images_sha256", ""))
+    return _with_details(checked, images_sha256, _class_means(arrays, name=name), name=name)
 
 
 def check_reference(
@@ -167,6 +201,30 @@ def _name(file: str | PathLike[str] | BinaryIO) -> str:
     if isinstance(file, (str, PathLike)):
         return str(file)
     return str(getattr(file, "name", "(open file)"))
+
+
+def _class_means(arrays: dict[str, np.ndarray], *, name: str) -> ClassMeans | None:
+    found = [key for key in CLASS_KEYS if key in arrays]
+    if not found:
+        return None
+    if len(found) < len(CLASS_KEYS) or arrays["class_means"].dtype.kind != "f":
+        raise ConfigError(
+            f"reference moments {name}: of {', '.join(CLASS_KEYS)} only {', '.join(found)} can be "
+            "used; make the file again."
+        )
+    names = tuple(str(n) for n in np.atleast_1d(arrays["class_names"]))
+    counts = tuple(int(n) for n in np.atleast_1d(arrays["class_counts"]))
+    return ClassMeans(names, counts, torch.from_numpy(arrays["class_means"].astype(np.float64)))
+
+
+def _with_details(
+    reference: ReferenceMoments, images_sha256: str, classes: ClassMeans | None, *, name: str
+) -> ReferenceMoments:
+    if classes is not None:
+        wrong = check_class_means(classes, reference.mean_F, reference.cov_FF, reference.count)
+        if wrong:
+            raise ConfigError(f"reference moments {name}: {wrong}; make the file again.")
+    return replace(reference, images_sha256=images_sha256, classes=classes)
 
 
 def _check_values(

@@ -17,6 +17,7 @@ from rlgen.config.reward import LooFidConfig
 from rlgen.config.run import RunConfig
 from rlgen.errors import NumericsError, RewardError
 from rlgen.grpo.advantages import RunningScale, WeightedReward, combine_advantages
+from rlgen.moments.batch_distance import batch_distance
 from rlgen.moments.coordinates import ReferenceCoordinates, to_coordinates
 from rlgen.moments.ema import EmaState
 from rlgen.moments.leave_one_out import LeaveOneOut, leave_one_out
@@ -31,7 +32,11 @@ class MomentStore:
     """Turns one step's scores and features into advantages."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Read the reference moments; the EMA is empty until `bootstrap` or `load_state_dict`."""
+        """Read the reference moments.
+
+        The EMA begins there if the configuration says so, else it is empty until `bootstrap` or
+        `load_state_dict`.
+        """
         self.config = config
         self._loo_config: LooFidConfig | None = config.reward.loo_fid
         self._reference: ReferenceCoordinates | None = None
@@ -39,6 +44,9 @@ class MomentStore:
             with local_copy(self._loo_config.reference) as path:
                 self._reference = to_coordinates(load_reference(path))
         self._state: EmaState | None = None
+        if self._loo_config is not None and self._loo_config.start == "reference":
+            assert self._reference is not None, "read above"
+            self._state = EmaState.from_reference(self._reference)
         self._scales: dict[str, RunningScale] = {}
         self._last: StepRewards | None = None
         self._last_digest = ""
@@ -102,6 +110,7 @@ class MomentStore:
         all_rewards = {name: r.values_B.float().numpy() for name, r in weighted.items()}
         if outcome is not None:
             metrics |= _moment_metrics(outcome)
+            metrics |= self._batch_metrics(features_BF)
             self._state = outcome.state
             all_rewards[LOO_FID] = outcome.rewards_B.float().cpu().numpy()
         self._scales = scales
@@ -146,6 +155,17 @@ class MomentStore:
             decay=self._loo_config.decay,
             covariance=self._loo_config.covariance,
         )
+
+    def _batch_metrics(self, features_BF: np.ndarray | None) -> dict[str, float]:
+        """The distance of this step's images alone: what the EMA's may hide."""
+        assert self._loo_config is not None and self._reference is not None
+        assert features_BF is not None, "checked by _leave_one_out"
+        fid = batch_distance(
+            torch.from_numpy(features_BF.copy()),
+            self._reference,
+            covariance=self._loo_config.covariance,
+        )
+        return {"moments/batch_fid": fid, "moments/batch_images": float(len(features_BF))}
 
 
 def _moment_metrics(outcome: LeaveOneOut) -> dict[str, float]:
