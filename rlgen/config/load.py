@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlgen.config.imagenet import IMAGENET, imagenet_class_names
+from rlgen.config.reward import SCORER_TYPES
 from rlgen.config.run import RunConfig
 from rlgen.errors import ConfigError
 
@@ -119,13 +120,17 @@ def _merge(base: Any, layer: Any) -> Any:
 def _explain(error: ValidationError) -> str:
     sentences = []
     for problem in error.errors():
-        location = _without_tag(problem["loc"])
+        location, tag = _without_tag(problem["loc"])
         where = ".".join(location)
         if problem["type"] == "extra_forbidden":
-            sentences.append(_unknown_key(location))
+            sentences.append(_unknown_key(location, tag))
         elif problem["type"] == "value_error":
             prefix = f"{where}: " if where else ""
             sentences.append(prefix + str(problem["ctx"]["error"]) + ".")
+        elif problem["type"] == "missing":
+            sentences.append(f"{where} is not given.")
+        elif problem["type"] == "union_tag_not_found":
+            sentences.append(f"{where}.type is not given; it is one of {', '.join(SCORER_TYPES)}.")
         else:
             given = problem["input"]
             sentences.append(
@@ -134,17 +139,17 @@ def _explain(error: ValidationError) -> str:
     return " ".join(sentences)
 
 
-def _without_tag(location: Sequence[int | str]) -> list[str]:
-    """Drop the union tag that pydantic inserts after a scorer's name."""
+def _without_tag(location: Sequence[int | str]) -> tuple[list[str], str | None]:
+    """Drop the union tag that pydantic inserts after a scorer's name; the tag comes second."""
     parts = [str(part) for part in location]
     if parts[:2] == ["reward", "scorers"] and len(parts) > 3:
-        del parts[3]
-    return parts
+        return [*parts[:3], *parts[4:]], parts[3]
+    return parts, None
 
 
-def _unknown_key(location: Sequence[str]) -> str:
+def _unknown_key(location: Sequence[str], tag: str | None) -> str:
     *parents, key = location
-    known = _fields_at(parents)
+    known = _fields_at(parents) if tag is None else sorted(SCORER_TYPES[tag].model_fields)
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
     return f"unknown key {'.'.join([*parents, key])}; {hint}"

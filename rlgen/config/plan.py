@@ -3,6 +3,7 @@
 Owns the plan that `--dry-run` prints and the checks that need no model. Must not import torch.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rlgen.errors import ConfigError
 
 _PATH_FIELDS = (
     "checkpoint",
+    "head",
     "captions",
     "extractor",
     "reference",
@@ -32,6 +34,7 @@ def named_files(config: RunConfig) -> dict[str, str]:
         and isinstance(value, str)
         and value not in (EMBEDDED, REQUIRED)
         and key != "grpo.reference"
+        and not re.match(r"reward\.scorers\.[^.]+\.arguments\.", key)
     }
 
 
@@ -67,9 +70,12 @@ def required_files(config: RunConfig) -> dict[str, str]:
     scorers = {
         "clip": "open_clip folder of a CLIP, such as OpenAI's ViT-L-14-quickgelu",
         "hpsv2": "open_clip folder of a ViT-H-14 with HPSv2's weights",
+        "aesthetic": "open_clip folder of the CLIP that the head was trained on",
     }
     for name, scorer in config.reward.active_scorers.items():
-        meanings[f"reward.scorers.{name}.checkpoint"] = scorers[scorer.type]
+        key = f"reward.scorers.{name}"
+        meanings[f"{key}.checkpoint"] = scorers.get(scorer.type, "a path or URL")
+        meanings[f"{key}.head"] = "weights of LAION's aesthetic head for that CLIP"
     return {key: meanings.get(key, "a path or URL") for key in config.keys_with(REQUIRED)}
 
 

@@ -123,8 +123,11 @@ def resolve_embedded(config: RunConfig, assets: DigitsAssets) -> RunConfig:
         "evaluation.judge_reference": folder / "judge_reference.npz",
     }
     for name, scorer in config.reward.active_scorers.items():
-        paths[f"reward.scorers.{name}.checkpoint"] = folder / _SCORER_FOLDERS[scorer.type]
-    return config.with_values({key: str(paths[key]) for key in config.keys_with(EMBEDDED)})
+        if scorer.type in _SCORER_FOLDERS:
+            paths[f"reward.scorers.{name}.checkpoint"] = folder / _SCORER_FOLDERS[scorer.type]
+    # What a user's scorer calls `embedded` among its arguments is its own affair.
+    wanted = [key for key in config.keys_with(EMBEDDED) if key in paths]
+    return config.with_values({key: str(paths[key]) for key in wanted})
 
 
 def _train_folder(folder: Path, data: DigitsData, config: DigitsConfig, report: Report) -> None:

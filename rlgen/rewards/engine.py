@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rlgen.config.run import RunConfig
 from rlgen.features.extractor import FeatureExtractor, load_extractor
-from rlgen.rewards.load import load_scorer
-from rlgen.rewards.protocol import InstanceScorer, check_scores
+from rlgen.rewards.instance import InstanceReward
+from rlgen.rewards.load import load_reward
+from rlgen.rewards.protocol import Asked
 from rlgen.tokenizers.protocol import Tokenizer
 from rlgen.tokenizers.published import open_tokenizer
 from rlgen.types import Rollout, ScoredRollout
@@ -27,9 +28,7 @@ class RewardEngine:
     """Decodes and scores rollouts."""
 
     tokenizer: Tokenizer
-    scorers: dict[str, InstanceScorer]
-    templates: dict[str, str]
-    """Per scorer the caption of a condition, with {class} for its name."""
+    scorers: tuple[InstanceReward, ...]
     class_names: tuple[str, ...]
     extractor: FeatureExtractor | None
     judge: FeatureExtractor
@@ -41,13 +40,13 @@ class RewardEngine:
 
         Raises:
             CheckpointError: one of them is missing, damaged or of another kind.
+            ConfigError: a user's scorer can't be imported or made.
         """
         active = config.reward.active_scorers
         loo_fid = config.reward.loo_fid
         return cls(
             tokenizer=open_tokenizer(config.tokenizer, device=device),
-            scorers={name: load_scorer(scorer, device) for name, scorer in active.items()},
-            templates={name: scorer.prompt for name, scorer in active.items()},
+            scorers=tuple(load_reward(name, scorer, device) for name, scorer in active.items()),
             class_names=config.class_names,
             extractor=None if loo_fid is None else load_extractor(loo_fid.extractor, device),
             judge=load_extractor(config.evaluation.judge, device),
@@ -72,10 +71,14 @@ class RewardEngine:
         rewards: dict[str, np.ndarray] = {}
         features = judge_features = logits_BC = None
         if unit.purpose != "bootstrap":
-            for name in self.scorers:
-                rewards[name] = self._instance_reward(
-                    name, images_01, class_ids_B, group_size=unit.group_size
-                )
+            asked = Asked(
+                class_ids_B,
+                [self.class_names[class_id] for class_id in class_ids_B.tolist()],
+                group_size=unit.group_size,
+                condition_indices_P=unit.condition_indices_P.tolist(),
+            )
+            for scorer in self.scorers:
+                rewards[scorer.name] = scorer(images_01, asked).float().cpu().numpy()
         if (unit.purpose != "evaluate" or unit.is_detailed) and self.extractor is not None:
             features = self.extractor(images_01).float().cpu().numpy()
         if unit.purpose == "evaluate":
@@ -92,16 +95,6 @@ class RewardEngine:
             scoring_s=time.perf_counter() - start,
             judge_logits_BC=logits_BC if unit.is_detailed else None,
         )
-
-    def _instance_reward(
-        self, name: str, images_01: Tensor, class_ids_B: Tensor, *, group_size: int
-    ) -> np.ndarray:
-        template = self.templates[name]
-        names = [self.class_names[class_id] for class_id in class_ids_B.tolist()]
-        prompts = [template.replace("{class}", class_name) for class_name in names]
-        scores = self.scorers[name](images_01, prompts, class_ids_B)
-        check_scores(name, scores, class_ids_B, group_size=group_size)
-        return scores.float().cpu().numpy()
 
     def _judge_logits(self, images_01: Tensor) -> np.ndarray | None:
         classify = getattr(self.judge, "classify", None)

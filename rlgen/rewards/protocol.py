@@ -1,9 +1,13 @@
 """What an instance scorer is, and the check that every score goes through.
 
-Owns the contract; must not know any scorer. Shapes: B = P*G images, condition-major.
+Owns the contract; must not know any scorer. Shapes: P conditions, G group, B = P*G images,
+condition-major.
 """
 
+import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -19,18 +23,42 @@ class InstanceScorer(Protocol):
         """Map [B, 3, H, W] in [0, 1], B prompts and int64 [B] classes to float32 [B], finite."""
 
 
-def check_scores(name: str, scores_B: object, class_ids_B: Tensor, *, group_size: int = 1) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What a batch of images was asked to show; for scorers, and for messages about them."""
+
+    class_ids_B: Tensor
+    """int64 [B], on the CPU."""
+    class_names_B: Sequence[str]
+    group_size: int = 1
+    """G: images of a condition lie next to each other."""
+    condition_indices_P: Sequence[int] | None = None
+    """Place of each condition in the step; None counts from 0."""
+
+    def condition(self, image: int) -> str:
+        """Name the condition of an image: its place, class id and class name."""
+        place = image // self.group_size
+        index = place if self.condition_indices_P is None else self.condition_indices_P[place]
+        return (
+            f"condition {index} (class {int(self.class_ids_B[image])}, "
+            f"{self.class_names_B[image]!r})"
+        )
+
+
+def check_scores(name: str, scores_B: object, asked: Asked, prompts: Sequence[str]) -> Tensor:
     """Refuse scores that would poison a run.
 
     Args:
         name: the scorer, for the message.
         scores_B: what the scorer returned.
-        class_ids_B: int64 [B], the class of each image.
-        group_size: G, so that the message can name condition and sample.
+        asked: what the B images were asked to show.
+        prompts: the B captions that the scorer was given.
+    Returns:
+        the scores, float32 [B], finite.
     Raises:
         RewardError: not a float32 tensor of shape [B], or a score is not finite.
     """
-    num_images = len(class_ids_B)
+    num_images = len(asked.class_ids_B)
     if not isinstance(scores_B, Tensor):
         raise RewardError(
             f"scorer {name!r} returned {type(scores_B).__name__}; "
@@ -43,9 +71,25 @@ def check_scores(name: str, scores_B: object, class_ids_B: Tensor, *, group_size
         )
     bad = (~torch.isfinite(scores_B)).nonzero().flatten().tolist()
     if bad:
-        condition, sample = divmod(bad[0], group_size)
         raise RewardError(
-            f"scorer {name!r} returned {scores_B[bad[0]].item()} for condition {condition} "
-            f"(class {int(class_ids_B[bad[0]])}), sample {sample}; {len(bad)} of {num_images} "
-            "scores are not finite. Check the scorer's weights and its input images."
+            f"scorer {name!r} returned {scores_B[bad[0]].item()} for {asked.condition(bad[0])}, "
+            f"sample {bad[0] % asked.group_size}, asked for {prompts[bad[0]]!r}; {len(bad)} of "
+            f"{num_images} scores are not finite. Check the scorer's weights and its input images."
         )
+    return scores_B
+
+
+def scorer_failed(name: str, error: Exception, asked: Asked) -> RewardError:
+    """Tell which scorer raised what on which conditions."""
+    num_images = len(asked.class_ids_B)
+    first, last = asked.condition(0), asked.condition(num_images - 1)
+    where = first if first == last else f"{first} to {last}"
+    return RewardError(f"scorer {name!r} failed on {num_images} images of {where}: {told(error)}.")
+
+
+def told(error: BaseException) -> str:
+    """Type and message of an error with the last line of its owner's code, without a traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "-packages" not in frame.filename] or frames
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{place}"

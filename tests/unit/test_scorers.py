@@ -31,7 +31,7 @@ from rlgen.rewards.open_clip_model import (
     load_open_clip,
     save_open_clip,
 )
-from rlgen.rewards.protocol import check_scores
+from rlgen.rewards.protocol import Asked, check_scores
 
 MODEL_CONFIG = {
     "embed_dim": 24,
@@ -280,8 +280,14 @@ def test_tiny_clip_learns_classes_and_preference_learns_damage():
     assert state_sha256(again.state_dict()) == state_sha256(repeated.state_dict())
 
 
+def asked(class_ids_B, **places) -> Asked:
+    names = [f"class{class_id}" for class_id in class_ids_B.tolist()]
+    return Asked(class_ids_B, names, **places)
+
+
 def test_check_scores_accepts_what_it_should():
-    check_scores("clip", torch.tensor([0.5, -1.0]), torch.tensor([3, 4]))
+    scores_B = torch.tensor([0.5, -1.0])
+    assert check_scores("clip", scores_B, asked(torch.tensor([3, 4])), ["a", "b"]) is scores_B
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -289,10 +295,16 @@ def test_check_scores_names_scorer_condition_class_and_sample(bad):
     scores_B = torch.zeros(12)
     scores_B[7] = bad
     classes_B = torch.tensor([5, 2, 9]).repeat_interleave(4)
-    with pytest.raises(
-        RewardError, match=r"'hpsv2' returned -?(nan|inf).*condition 1 \(class 2\), sample 3; 1 of"
-    ):
-        check_scores("hpsv2", scores_B, classes_B, group_size=4)
+    prompts = [f"a photo of {index}" for index in range(12)]
+    message = (
+        r"'hpsv2' returned -?(nan|inf) for condition {} \(class 2, 'class2'\), sample 3, "
+        r"asked for 'a photo of 7'; 1 of 12"
+    )
+    with pytest.raises(RewardError, match=message.format(1)):
+        check_scores("hpsv2", scores_B, asked(classes_B, group_size=4), prompts)
+    in_step = asked(classes_B, group_size=4, condition_indices_P=[30, 31, 32])
+    with pytest.raises(RewardError, match=message.format(31)):
+        check_scores("hpsv2", scores_B, in_step, prompts)
 
 
 @pytest.mark.parametrize(
@@ -308,4 +320,4 @@ def test_check_scores_names_scorer_condition_class_and_sample(bad):
 )
 def test_check_scores_refuses_wrong_shapes_and_types(scores_B, message):
     with pytest.raises(RewardError, match=f"'mine'.*{message}"):
-        check_scores("mine", scores_B, torch.zeros(4, dtype=torch.int64))
+        check_scores("mine", scores_B, asked(torch.zeros(4, dtype=torch.int64)), ["a"] * 4)
