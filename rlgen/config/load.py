@@ -31,21 +31,23 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Build the configuration: defaults, then the YAML file, then the overrides.
+def load_config(
+    path: str | Sequence[str] | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Build the configuration: defaults, then the YAML file or files, then the overrides.
 
     Sections merge; a value replaces. `null` removes an optional section. The word `imagenet` for
     class_names stands for the names of ImageNet's 1000 classes.
 
     Args:
-        path: YAML file, or None for the embedded default alone.
+        path: YAML file, several that merge in this order, or None for the embedded default.
         overrides: words like "rollout.num_workers=3"; values are YAML.
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, impossible combination.
     """
     layers: list[Mapping[str, Any]] = []
-    if path is not None:
-        layers.append(_read_yaml(path))
+    paths = [path] if isinstance(path, str) else path or []
+    layers.extend(_read_yaml(one) for one in paths)
     layers.extend(_parse_override(word) for word in overrides)
     merged: dict[str, Any] = RunConfig().model_dump()
     for layer in layers:

@@ -15,6 +15,7 @@ from rlgen.config.digits import DigitsConfig
 from rlgen.config.guard import GuardConfig
 from rlgen.config.learning import EntropyConfig, GrpoConfig, LearnerConfig
 from rlgen.config.models import model_spec
+from rlgen.config.replay import ReplayConfig
 from rlgen.config.reward import (
     AdvantageConfig,
     RewardConfig,
@@ -188,6 +189,7 @@ class RunConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     guard: GuardConfig = GuardConfig()
+    replay: ReplayConfig = ReplayConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -66,7 +66,7 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     if config.checkpoint.resume_from is None:
         recorder.stage("judging the base policy")
         recorder.begin(evaluator.sweep(0))
-        bootstrap_moments(config, runtime)
+        bootstrap_moments(config, runtime, recorder)
         first_step = 0
         keep_best(config, runtime, recorder, first_step)
     else:
@@ -107,7 +107,7 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     )
 
 
-def bootstrap_moments(config: RunConfig, runtime: "Runtime") -> None:
+def bootstrap_moments(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     """Start the EMA from images of the base policy, sampled like the training's, if asked to."""
     import numpy as np
 
@@ -125,7 +125,9 @@ def bootstrap_moments(config: RunConfig, runtime: "Runtime") -> None:
         settings=training_settings(config),
     )
     runtime.submit(units)
-    features = [scored.features_BF for scored in runtime.collect(units)]
+    scored = runtime.collect(units)
+    recorder.log_bootstrap(scored)
+    features = [item.features_BF for item in scored]
     runtime.bootstrap_moments(np.concatenate([f for f in features if f is not None]))
 
 

@@ -25,6 +25,7 @@ from rlgen.jobs.console import RunProgress, summary_table
 from rlgen.jobs.memory import PeakMemory
 from rlgen.jobs.report import build_report
 from rlgen.learner.checkpoint import checkpoint_uri, read_meta
+from rlgen.learner.replay import BOOTSTRAP, step_name, store_step
 from rlgen.storage import atomic_path, write_bytes
 from rlgen.tracking import Tracker, ui_command
 from rlgen.types import ScoredRollout, StepRewards
@@ -128,9 +129,17 @@ class Recorder:
             "time/scoring_s": sum(item.scoring_s for item in scored),
             "perf/images_per_s": len(rewards.advantages_B) / metrics["time/step_s"],
         }
+        every = self.config.replay.every
+        if every and step % every == 0:
+            store_step(str(self.folder), step_name(step), scored, rewards)
         row = means | rewards.metrics | metrics | work
         self._write(step + 1, row)
         self._progress.step(step + 1, row)
+
+    def log_bootstrap(self, scored: Sequence[ScoredRollout]) -> None:
+        """Take in the images that the moments start from."""
+        if self.config.replay.every:
+            store_step(str(self.folder), BOOTSTRAP, scored)
 
     def log_evaluation(self, step: int, quality: Quality, images_u8: np.ndarray) -> list[str]:
         """Take in one evaluation without guidance, and its grid.
