@@ -1,25 +1,38 @@
-"""What a feature space is to the rest of rlgen, and how one is read from a weight file.
+"""What a feature space is to the rest of rlgen, and how one is told from its file.
 
 Owns the protocol and the identity of a feature space: moments from two spaces never mix.
 Must not know what the features are used for. Shapes: B images, F features.
 """
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rlgen.errors import CheckpointError, StorageError
+from rlgen.features import dinov2, inception
+from rlgen.features.clip_tower import load_clip_tower
 from rlgen.features.convnet import ConvNet, ConvNetConfig
+from rlgen.features.open_clip_files import is_weight_file
+from rlgen.features.open_clip_published import read_published
 from rlgen.nn.weights import (
+    KIND_KEY,
     load_state,
     make_config,
+    read_header,
     read_weights,
     save_weights,
     state_sha256,
 )
+from rlgen.storage import is_url, open_binary, without_credentials
 
 KIND = "convnet"
+_ACCEPTED = (
+    "a net that rlgen wrote, FID's Inception (pt_inception-2015-12-05-6726825d.pth), a DINOv2 "
+    "(dinov2_vitl14_pretrain.pth), or a folder with an open_clip model"
+)
 BATCH_SIZE = 128
 
 
@@ -76,9 +89,48 @@ def load_convnet(location: str, device: torch.device | str = "cpu") -> ConvNet:
 
 
 def load_extractor(location: str, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """Read a feature extractor from a self-describing weight file.
+    """Read a feature extractor; what it is follows from the content of the file or folder.
 
+    Args:
+        location: by path or fsspec URL, one of: a net that rlgen wrote (safetensors); FID's
+            Inception (pt_inception-2015-12-05-6726825d.pth); a DINOv2 without registers
+            (dinov2_vitl14_pretrain.pth); a folder in open_clip's `local-dir:` format, of which
+            the image tower is taken.
     Raises:
-        CheckpointError: the file is missing, damaged, or not of a known kind.
+        CheckpointError: missing, damaged, or none of these.
     """
-    return ConvNetExtractor(load_convnet(location, device))
+    if not is_weight_file(location) and _has_open_clip_config(location):
+        return load_clip_tower(location, device)
+    if _is_rlgen_file(location):
+        return ConvNetExtractor(load_convnet(location, device))
+    state, _ = read_published(location)
+    shown = without_credentials(location)
+    if inception.FIRST_KEY in state:
+        return inception.inception_from_state(state, shown, device)
+    if all(key in state for key in dinov2.KEYS):
+        return dinov2.dinov2_from_state(state, shown, device)
+    if "visual.conv1.weight" in state or "visual.proj" in state:
+        hint = "It is a CLIP: put it into a folder with open_clip_config.json, in open_clip's "
+        hint += "local-dir format, which says its architecture."
+    else:
+        hint = f"Its tensors begin with {', '.join(list(state)[:3])}."
+    raise CheckpointError(f"{shown} is no feature extractor that rlgen knows: {_ACCEPTED}. {hint}")
+
+
+def _has_open_clip_config(location: str) -> bool:
+    """Whether there is a folder with open_clip's configuration."""
+    if is_url(location):
+        return True  # a URL without a file's ending; what is missing there is then told
+    return Path(location.removeprefix("file://")).is_dir()
+
+
+def _is_rlgen_file(location: str) -> bool:
+    """Whether it is a safetensors file with rlgen's metadata, from its first bytes."""
+    try:
+        with open_binary(location) as stream:
+            head = stream.read(9)
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
+    if head[8:] != b"{":
+        return False
+    return KIND_KEY in (read_header(location).get("__metadata__") or {})
