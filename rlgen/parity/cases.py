@@ -30,6 +30,8 @@ class Case:
     tolerance: dict[str, dict[str, float]]
     state_entries: list[tuple[str, list[int], str, bool]]
     """(public name, shape, type, whether the rule makes it); VAR's names begin with vae: or var:"""
+    folder: Path = Path()
+    """Where the case was read from; real weights may lie there."""
 
     def tensor(self, name: str) -> Tensor:
         """An array as a tensor on the default device."""
@@ -145,6 +147,7 @@ def load_case(folder: Path, entry: dict[str, Any]) -> Case:
             arrays=arrays,
             tolerance=entry["tolerance"],
             state_entries=[tuple(row) for row in entry.get("state_dict", [])],
+            folder=folder,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -9,9 +9,11 @@ import torch
 
 from rlgen.errors import ConfigError, RlgenError
 from rlgen.parity.cases import Case, Comparison, Outputs, compare, load_case
+from rlgen.parity.features import run_fid_inception
 from rlgen.parity.filters import run_filters
 from rlgen.parity.llamagen import run_llamagen_c2i, run_llamagen_t2i
 from rlgen.parity.metrics import run_metrics
+from rlgen.parity.rewards import run_aesthetic, run_hpsv2, run_open_clip
 from rlgen.parity.tokenizers import run_llamagen_vq, run_taming_vqgan, run_var_vqvae
 from rlgen.parity.var import run_var
 from rlgen.parity.vqgan_gpt import run_vqgan_gpt
@@ -26,6 +28,10 @@ RUNNERS: dict[str, Callable[[Case], Outputs]] = {
     "taming_mingpt": run_vqgan_gpt,
     "taming_vqgan": run_taming_vqgan,
     "sampling_filters": run_filters,
+    "open_clip": run_open_clip,
+    "hpsv2": run_hpsv2,
+    "aesthetic": run_aesthetic,
+    "fid_inception": run_fid_inception,
     "metrics": run_metrics,
 }
 
