@@ -3,10 +3,11 @@
 Everything that can be wrong with a request is found here, before any process takes a GPU.
 """
 
+from typing import Protocol
+
 from rlgen.config.plan import uses_embedded
 from rlgen.config.run import RunConfig
 from rlgen.digits.assets import ensure_assets, resolve_embedded
-from rlgen.jobs.recorder import Recorder
 from rlgen.learner.preflight import check_inputs, check_named_files
 from rlgen.learner.runtime import LocalRuntime, Runtime
 from rlgen.policies.captions import load_captions
@@ -14,7 +15,21 @@ from rlgen.storage import check_writable, join
 from rlgen.tracking import check_tracking_uri
 
 
-def prepare_inputs(config: RunConfig, recorder: Recorder) -> RunConfig:
+class Observer(Protocol):
+    """Where a job writes and how it tells what it does, such as a Recorder."""
+
+    @property
+    def checkpoint_root(self) -> str:
+        """Folder or URL that every node can write to."""
+
+    def stage(self, text: str, *, done: int | None = None, total: int | None = None) -> None:
+        """Say what is happening."""
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+
+
+def prepare_inputs(config: RunConfig, recorder: Observer) -> RunConfig:
     """Train the embedded default if it is asked for and not cached; check that inputs fit.
 
     Returns:
@@ -42,7 +57,7 @@ def prepare_inputs(config: RunConfig, recorder: Recorder) -> RunConfig:
     return config
 
 
-def make_runtime(config: RunConfig, recorder: Recorder) -> Runtime:
+def make_runtime(config: RunConfig, recorder: Observer) -> Runtime:
     """Connect to Ray, or load everything into this process."""
     if config.runtime == "local":
         return LocalRuntime(config)
