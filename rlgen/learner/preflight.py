@@ -3,6 +3,7 @@
 Owns the questions whether the files that a configuration names fit each other.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,14 +17,13 @@ from rlgen.errors import CheckpointError, ConfigError, RewardError
 from rlgen.evaluation.judge import load_real_features
 from rlgen.features.extractor import load_extractor
 from rlgen.learner.checkpoint import read_meta
+from rlgen.learner.sample_size import few_samples
 from rlgen.moments.reference import ReferenceMoments, check_reference, load_reference
 from rlgen.policies.captions import load_captions
 from rlgen.policies.load import load_policy, read_policy_file
-from rlgen.rewards.load import load_reward
-from rlgen.rewards.open_clip_model import read_open_clip_config
+from rlgen.rewards.load import check_scorer, load_reward
 from rlgen.rewards.protocol import Asked
-from rlgen.rewards.user import find_scorer_class
-from rlgen.storage import local_copy, open_binary
+from rlgen.storage import local_copy
 from rlgen.tokenizers.protocol import Tokenizer
 from rlgen.tokenizers.published import open_tokenizer
 
@@ -46,13 +46,11 @@ def check_named_files(config: RunConfig) -> None:
         "evaluation.judge_reference": load_real_features,
         "checkpoint.resume_from": read_meta,
     }
-    for name, scorer in config.reward.active_scorers.items():
-        if isinstance(scorer, PythonRewardConfig):
-            find_scorer_class(scorer)
-        elif scorer.model is None:
-            readers[f"reward.scorers.{name}.checkpoint"] = read_open_clip_config
     for key, location in named_files(config).items():
-        readers.get(key, _check_readable)(location)
+        if key in readers:
+            readers[key](location)
+    for scorer in config.reward.active_scorers.values():
+        check_scorer(scorer)
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -86,19 +84,13 @@ def check_inputs(config: RunConfig) -> None:
             "and rollout.cfg_scale=1, or pretrain it with dropped conditions."
         )
     for name, scorer in config.reward.active_scorers.items():
-        if isinstance(scorer, PythonRewardConfig):
+        check_scorer(scorer)
+        if isinstance(scorer, PythonRewardConfig) and scorer.try_first:
             _try_scorer(name, scorer, tokenizer, config.class_names)
-        elif scorer.model is None:
-            read_open_clip_config(scorer.checkpoint)
     _check_moments(config, device)
     _check_judge(config, device)
     if config.checkpoint.resume_from is not None:
         _check_resume(config, config.checkpoint.resume_from)
-
-
-def _check_readable(location: str) -> None:
-    with open_binary(location):
-        pass
 
 
 @torch.inference_mode()
@@ -106,8 +98,6 @@ def _try_scorer(
     name: str, scorer: PythonRewardConfig, tokenizer: Tokenizer, class_names: Sequence[str]
 ) -> None:
     """Let a user's scorer score two images of random codes, of the first and the last class."""
-    if not scorer.try_first:
-        return
     reward = load_reward(name, scorer, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     codes_BL = torch.randint(
@@ -129,12 +119,16 @@ def _check_moments(config: RunConfig, device: torch.device) -> None:
     if loo_fid is None:
         return
     extractor = load_extractor(loo_fid.extractor, device)
+    reference = _read_reference(loo_fid.reference)
     check_reference(
-        _read_reference(loo_fid.reference),
+        reference,
         feature_space=extractor.feature_space,
         num_features=extractor.num_features,
         path=f"reward.loo_fid.reference = {loo_fid.reference}",
     )
+    few = few_samples(config, num_features=extractor.num_features, reference_count=reference.count)
+    if few:
+        warnings.warn(few, stacklevel=2)
 
 
 def _read_reference(location: str) -> ReferenceMoments:

@@ -118,4 +118,5 @@ def _import_advice(error: Exception, module_name: str) -> str:
 
 
 def _cannot(target: str, verb: str, reason: str) -> ConfigError:
-    return ConfigError(f"the scorer {target} can't {verb}: {reason}.")
+    end = "" if reason.endswith("?") else "."
+    return ConfigError(f"the scorer {target} can't {verb}: {reason}{end}")
