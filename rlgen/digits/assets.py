@@ -22,10 +22,9 @@ from rlgen.config.run import RunConfig
 from rlgen.digits.data import DigitsData, load_digits_data
 from rlgen.digits.train_clip import train_clip
 from rlgen.digits.train_features import train_feature_net, train_judge
-from rlgen.digits.train_multiscale import train_multiscale_tokenizer
 from rlgen.digits.train_policy import train_policy
 from rlgen.digits.train_preference import train_preference
-from rlgen.digits.train_tokenizer import train_tokenizer
+from rlgen.digits.train_tokenizer import train_multiscale_tokenizer, train_tokenizer
 from rlgen.evaluation.judge import save_real_features
 from rlgen.features.extractor import ConvNetExtractor, save_convnet
 from rlgen.moments.moments import batch_moments

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from rlgen.config.digits import DigitsConfig
 from rlgen.digits.data import load_digits_data
-from rlgen.digits.train_multiscale import growing_sides, train_multiscale_tokenizer
+from rlgen.digits.train_tokenizer import growing_sides, train_multiscale_tokenizer
 from rlgen.errors import ConfigError
 from rlgen.tokenizers.load import load_tokenizer, save_tokenizer
 from rlgen.tokenizers.multiscale import MultiScaleConfig, MultiScaleQuantizer, phi_index
