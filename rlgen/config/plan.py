@@ -103,6 +103,21 @@ def check_required(config: RunConfig) -> None:
         )
 
 
+def check_trainable(config: RunConfig) -> None:
+    """Refuse what samples well but can't be trained.
+
+    Raises:
+        ConfigError: sampler and learner may cut off different codes.
+    """
+    rollout, learner = config.rollout, config.learner
+    if not config.is_exact and (rollout.top_k > 0 or rollout.top_p < 1.0):
+        raise ConfigError(
+            f"rollout.dtype = {rollout.dtype} and learner.dtype = {learner.dtype} may cut off "
+            f"different codes at rollout.top_k = {rollout.top_k} and rollout.top_p = "
+            f"{rollout.top_p}; train with float32 for both, or with top_k 0 and top_p 1."
+        )
+
+
 def uses_embedded(config: RunConfig) -> bool:
     """Whether any input is the embedded default's."""
     return bool(config.keys_with(EMBEDDED))

@@ -212,13 +212,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _formats_fit(self) -> Self:
-        rollout = self.rollout
-        if not self.is_exact and (rollout.top_k > 0 or rollout.top_p < 1.0):
-            raise ValueError(
-                f"rollout.dtype = {rollout.dtype} and learner.dtype = {self.learner.dtype} may cut "
-                f"off different codes at rollout.top_k = {rollout.top_k} and rollout.top_p = "
-                f"{rollout.top_p}; use float32 for both, or top_k 0 and top_p 1"
-            )
         if self.learner.lora is not None and self.grpo.reference == "ema":
             raise ValueError(
                 "grpo.reference = ema needs a second copy of the weights, which learner.lora "

@@ -9,7 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlgen.config.plan import check_local_files, check_required, describe_plan
+from rlgen.config.plan import (
+    check_local_files,
+    check_required,
+    check_trainable,
+    describe_plan,
+)
 from rlgen.config.run import RunConfig
 from rlgen.jobs.cli import Request, parse_request, run_job
 
@@ -22,6 +27,7 @@ if TYPE_CHECKING:  # torch and Ray take seconds to import; --dry-run must not
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, plan, prepare, run."""
     request = parse_request(arguments, job="grpo", description=__doc__.split("\n")[0])
+    check_trainable(request.config)
     check_local_files(request.config)
     if request.is_dry_run:
         print(describe_plan(request.config))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlgen.config import RunConfig, load_config
+from rlgen.config.plan import check_trainable
 from rlgen.errors import ConfigError, NumericsError
 from rlgen.learner.batch import learner_batch
 from rlgen.learner.learner import Learner
@@ -75,7 +76,8 @@ def test_another_policy_than_the_sampled_one_is_found_in_bfloat16_too() -> None:
 @pytest.mark.parametrize("cut", ["rollout.top_k=20", "rollout.top_p=0.9"])
 def test_cut_distributions_need_float32_on_both_sides(cut) -> None:
     with pytest.raises(ConfigError, match="cut off different codes"):
-        load_config(None, ["learner.dtype=bfloat16", cut])
+        check_trainable(load_config(None, ["learner.dtype=bfloat16", cut]))
+    check_trainable(load_config(None, [cut]))
 
 
 def test_recomputed_activations_give_the_same_update_to_the_last_bit() -> None:
