@@ -83,7 +83,7 @@ class RewardEngine:
             features = self.extractor(images_01).float().cpu().numpy()
         if unit.purpose == "evaluate":
             judge_features = self.judge(images_01).float().cpu().numpy()
-            logits_BC = self._judge_logits(images_01)
+            logits_BC = self._judge_logits(images_01, is_detailed=unit.is_detailed)
         kept = images_01[list(unit.kept_images)]
         return ScoredRollout(
             rollout=rollout,
@@ -96,8 +96,11 @@ class RewardEngine:
             judge_logits_BC=logits_BC if unit.is_detailed else None,
         )
 
-    def _judge_logits(self, images_01: Tensor) -> np.ndarray | None:
+    def _judge_logits(self, images_01: Tensor, *, is_detailed: bool) -> np.ndarray | None:
+        """Logits of a judge that knows the images' classes or, for the Inception score, others."""
         classify = getattr(self.judge, "classify", None)
+        if classify is None and is_detailed:
+            classify = getattr(self.judge, "logits", None)
         return None if classify is None else classify(images_01).float().cpu().numpy()
 
     def _judge_hits(self, logits_BC: np.ndarray | None, class_ids_B: Tensor) -> np.ndarray | None:
