@@ -4,13 +4,12 @@ Owns the network, the nearest-code lookup and the training loss; must not know t
 the optimiser. Shapes: B images, L image tokens, V codes, C code dimensions, S image side.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlgen.nn.weights import load_state, make_config, read_weights, save_weights
 from rlgen.tokenizers.codebook import nearest_codes
 
 KIND = "conv_vq"
@@ -164,20 +163,3 @@ def rgb_01_to_gray(images_01: Tensor) -> Tensor:
 def gray_to_rgb_01(gray: Tensor) -> Tensor:
     """[B, 1, S, S] around -1..1 to [B, 3, S, S] in [0, 1], one memory for all channels."""
     return gray.add(1).mul(0.5).clamp(0, 1).expand(-1, 3, -1, -1)
-
-
-def save_conv_vq(location: str, tokenizer: ConvVQ) -> None:
-    """Write the tokenizer as a self-describing weight file."""
-    save_weights(location, tokenizer, kind=KIND, config=asdict(tokenizer.config))
-
-
-def load_conv_vq(location: str, device: torch.device | str = "cpu") -> ConvVQ:
-    """Read a tokenizer for use.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or not a ConvVQ.
-    """
-    fields, state = read_weights(location, kind=KIND)
-    tokenizer = ConvVQ(make_config(ConvVQConfig, fields, location))
-    load_state(tokenizer, state, location)
-    return tokenizer.requires_grad_(False).eval().to(device)

@@ -9,7 +9,8 @@ from rlgen.digits.train_tokenizer import train_tokenizer
 from rlgen.errors import CheckpointError
 from rlgen.features.convnet import ConvNet, ConvNetConfig
 from rlgen.features.extractor import ConvNetExtractor, load_extractor, save_convnet
-from rlgen.tokenizers.conv_vq import ConvVQ, ConvVQConfig, load_conv_vq, save_conv_vq
+from rlgen.tokenizers.conv_vq import ConvVQ, ConvVQConfig
+from rlgen.tokenizers.load import load_tokenizer, save_tokenizer
 
 # Long enough to pass one reset of dead codes, at step 50.
 CONFIG = DigitsConfig(tokenizer_steps=120, augmentations=2)
@@ -111,8 +112,8 @@ def test_progress_is_reported(data):
 
 def test_file_round_trip(trained, data, tmp_path):
     path = str(tmp_path / "tokenizer.safetensors")
-    save_conv_vq(path, trained)
-    loaded = load_conv_vq(path)
+    save_tokenizer(path, trained)
+    loaded = load_tokenizer(path)
     tokens_BL = trained.encode(data.heldout.images_rgb_01[:32])
     assert loaded.config == trained.config
     assert torch.equal(loaded.decode(tokens_BL), trained.decode(tokens_BL))
