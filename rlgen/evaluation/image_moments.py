@@ -27,6 +27,7 @@ from rlgen.storage import join, open_binary, read_bytes, write_bytes
 
 FOLD = 1024
 """Images whose features are turned into moments at once; a restart begins after a fold."""
+SAVE_EVERY_S = 60.0
 SHOWN_PROBLEMS = 5
 _DIGEST_RANGE = 2**256
 
@@ -45,7 +46,6 @@ class MeasureSettings:
     """Whether the first image that can't be decoded is an error."""
     folder: str
     """Path or URL of the results of shards; every worker must see it."""
-    save_every_s: float = 60.0
 
 
 @dataclass
@@ -123,7 +123,7 @@ class ShardReader:
             while (fold := self._fold(pictures)).num_seen:
                 done.add(fold)
                 on_images(done.num_seen)
-                if time.monotonic() - saved_s > self._settings.save_every_s:
+                if time.monotonic() - saved_s > SAVE_EVERY_S:
                     _write_partial(self._settings.folder, shard, done)
                     saved_s = time.monotonic()
         done.is_complete = True
