@@ -12,9 +12,12 @@ import torch
 
 from rlgen.config import RunConfig
 from rlgen.errors import NumericsError, RewardError
+from rlgen.jobs.grpo import bootstrap_moments
+from rlgen.learner.sample_size import few_samples
 from rlgen.learner.state_io import dump_state, parse_state
 from rlgen.moments.coordinates import to_coordinates
 from rlgen.moments.ema import EmaState
+from rlgen.moments.frechet import frechet_distance
 from rlgen.moments.leave_one_out import leave_one_out
 from rlgen.moments.moments import batch_moments
 from rlgen.moments.reference import ReferenceMoments, load_reference, save_reference
@@ -299,3 +302,88 @@ def test_missing_features_and_an_empty_store_are_named(reference) -> None:
         commit(MomentStore(config_of(reference)), 0)
     with pytest.raises(RewardError, match="the step has no features"):
         started(config_of(reference)).commit(0, step_rewards(0), None)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_the_steps_own_distance_is_logged_beside_the_emas(reference, covariance) -> None:
+    store = started(config_of(reference, reward__loo_fid__covariance=covariance))
+    for step in range(2):
+        found = commit(store, step)
+    batch = batch_moments(torch.from_numpy(draw(NUM_IMAGES, seed=11)))
+    moments = load_reference(reference).moments
+    if covariance == "full":
+        expected = frechet_distance(batch, moments)
+    else:
+        gaps = batch.mean_F - moments.mean_F
+        spread = batch.cov_FF.diagonal().sqrt() - moments.cov_FF.diagonal().sqrt()
+        expected = float(gaps @ gaps + spread @ spread)
+    assert found.metrics["moments/batch_fid"] == pytest.approx(expected, rel=1e-9)
+    assert found.metrics["moments/batch_images"] == NUM_IMAGES
+    assert found.metrics["moments/batch_fid"] != found.metrics["moments/ema_fid"]
+
+
+def test_the_emas_distance_may_fall_while_the_policys_rises(reference) -> None:
+    """The lag that a reader of the EMA alone does not see."""
+    store = MomentStore(config_of(reference, reward__loo_fid__decay=0.9))
+    store.bootstrap(draw(200, seed=1) + 3.0)
+    first = store.commit(0, step_rewards(0), draw(NUM_IMAGES, seed=2))
+    second = store.commit(1, step_rewards(1), draw(NUM_IMAGES, seed=2) + np.float32(0.8))
+    assert second.metrics["moments/ema_fid"] < first.metrics["moments/ema_fid"] - 1
+    assert second.metrics["moments/batch_fid"] > first.metrics["moments/batch_fid"] + 1
+
+
+def test_the_ema_may_start_from_the_reference_and_needs_no_bootstrap(reference) -> None:
+    config = config_of(reference, reward__loo_fid__start="reference")
+    bootstrap_moments(config, None, None)  # type: ignore[arg-type]  # neither is asked anything
+    found = commit(MomentStore(config), 0)
+    coordinates = to_coordinates(load_reference(reference))
+    state = EmaState.from_reference(coordinates)
+    features = torch.from_numpy(draw(NUM_IMAGES, seed=10))
+    expected = leave_one_out(state, features, coordinates, decay=0.5)
+    np.testing.assert_array_equal(found.rewards["loo_fid"], expected.rewards_B.float().numpy())
+    # 12 images, old weight 0.5 of 300 of the reference.
+    assert found.metrics["moments/n_eff"] == pytest.approx(1 / (0.25 / 12 + 0.25 / 300))
+
+
+def test_a_state_that_started_from_the_reference_resumes(reference) -> None:
+    config = config_of(reference, reward__loo_fid__start="reference")
+    store = MomentStore(config)
+    commit(store, 0)
+    restored = MomentStore(config)
+    restored.load_state_dict(parse_state(state_bytes(store), "here"))
+    assert_same_answer(commit(store, 1), commit(restored, 1))
+
+
+def test_the_expected_sample_size_is_where_the_measured_one_settles(reference) -> None:
+    config = config_of(reference, reward__loo_fid__decay=0.8)
+    store = started(config)
+    for step in range(40):
+        found = commit(store, step)
+    assert config.reward.loo_fid is not None
+    expected = config.reward.loo_fid.effective_samples(NUM_IMAGES)
+    assert expected == pytest.approx(12 * 1.8 / 0.2)
+    # What is left of the start after 40 steps weighs 0.8^80.
+    assert found.metrics["moments/n_eff"] == pytest.approx(expected, rel=1e-6)
+
+
+def few(num_features: int, count: int = 300, **values: Any) -> str:
+    given = {f"reward__loo_fid__{key}": value for key, value in values.items()}
+    return few_samples(tiny_config(**given), num_features=num_features, reference_count=count)
+
+
+def test_too_few_effective_samples_are_told_with_numbers_and_a_way_out() -> None:
+    # 12 images a step at decay 0.5 are worth 36, and 2 * 18 are wanted.
+    assert few(18) == ""
+    told = few(19)
+    assert "as few as 36 effective samples for 19 feature dimensions" in told
+    assert "reliable from 38" in told and "decay of at least 0.52)" in told
+    assert few(19, decay=0.52) == ""
+    assert "bootstrap_images" not in told
+    assert "starts from 30 images (raise" in few(18, bootstrap_images=30)
+    assert few(18, start="reference", bootstrap_images=30) == ""
+    assert "a reference of 30 images" in few(18, count=30, start="reference")
+
+
+def test_a_diagonal_covariance_asks_for_no_sample_size() -> None:
+    assert few(1000, covariance="diagonal") == ""
+    assert few_samples(tiny_config(reward__loo_fid=None), num_features=9, reference_count=1) == ""
