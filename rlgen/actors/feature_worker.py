@@ -21,6 +21,7 @@ from rlgen.errors import PlacementError, RlgenError
 from rlgen.evaluation.image_moments import MeasureSettings, ShardReader
 from rlgen.evaluation.images import Shard
 from rlgen.features.extractor import load_extractor
+from rlgen.storage import without_credentials
 
 _MAX_REPLACED = 10
 """Dead workers in a row, without a shard done in between, after which the crew gives up."""
@@ -99,6 +100,12 @@ def measure_on_ray(
                     raise error.cause from None
                 raise
             except RayActorError as error:
+                if error.actor_init_failed:
+                    cause = str(error).strip().splitlines()[-1]
+                    raise RlgenError(
+                        f"a feature worker can't load {without_credentials(extractor)} ({cause}); "
+                        "every node must be able to read it."
+                    ) from None
                 num_died += 1
                 if num_died > _MAX_REPLACED:
                     raise RlgenError(
