@@ -4,6 +4,7 @@ Owns the contract; must not know any scorer. Shapes: P conditions, G group, B = 
 condition-major.
 """
 
+import sysconfig
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from rlgen.errors import RewardError
+
+_NOBODYS_CODE = ("<", sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))
 
 
 class InstanceScorer(Protocol):
@@ -88,8 +91,15 @@ def scorer_failed(name: str, error: Exception, asked: Asked) -> RewardError:
 
 
 def told(error: BaseException) -> str:
-    """Type and message of an error with the last line of its owner's code, without a traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """Type and message of an error, with the last line of its owner's code instead of a traceback.
+
+    Lines of rlgen, Python and, if there are others, installed packages are left out.
+    """
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_NOBODYS_CODE) or "-packages" in frame.filename
+    ]
     own = [frame for frame in frames if "-packages" not in frame.filename] or frames
     place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {error}{place}"

@@ -122,7 +122,9 @@ def test_a_module_that_is_not_there_is_told_apart_from_one_that_misses_something
         find_scorer_class(configured(f"{needs}:Ink"))
     with pytest.raises(ConfigError, match=r"can't be imported: ZeroDivisionError: .*line 1\)"):
         find_scorer_class(configured(f"{module('1 / 0')}:Ink"))
-    with pytest.raises(ConfigError, match=r"can't be imported: SyntaxError"):
+    with pytest.raises(
+        ConfigError, match=r"imported: SyntaxError: .* \(rewards_\d+\.py, line 1\)\.$"
+    ):
         find_scorer_class(configured(f"{module('class :')}:Ink"))
 
 
