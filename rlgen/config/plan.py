@@ -68,9 +68,9 @@ def required_files(config: RunConfig) -> dict[str, str]:
         "evaluation.judge_reference": "features of real images by the judge",
     }
     scorers = {
-        "clip": "open_clip folder of a CLIP, such as OpenAI's ViT-L-14-quickgelu",
-        "hpsv2": "open_clip folder of a ViT-H-14 with HPSv2's weights",
-        "aesthetic": "open_clip folder of the CLIP that the head was trained on",
+        "clip": "open_clip folder of a CLIP; or, with `model`, one published file of weights",
+        "hpsv2": "HPSv2's weights, such as HPS_v2.1_compressed.pt, or an open_clip folder of them",
+        "aesthetic": "the CLIP that the head was trained on, as for `clip`",
     }
     for name, scorer in config.reward.active_scorers.items():
         key = f"reward.scorers.{name}"

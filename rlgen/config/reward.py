@@ -96,8 +96,8 @@ class PreferenceRewardConfig(PromptedScorerConfig):
     checkpoint: str = EMBEDDED
     """Folder (open_clip's local-dir layout) of the model, or a published file of weights."""
     model: str | None = None
-    """open_clip's name of the architecture if checkpoint is a single file, such as `ViT-H-14`; null
-    for a folder, which says it itself."""
+    """open_clip's name of the architecture if checkpoint is a single file; null for a folder, which
+    says it itself, and for a single file of ViT-H-14, as HPSv2 published them."""
 
     @model_validator(mode="after")
     def _model_has_a_file(self) -> Self:

@@ -13,16 +13,22 @@ from PIL import Image
 from torch import Tensor
 
 from rlgen.config.digits import DigitsConfig
+from rlgen.config.reward import (
+    AestheticRewardConfig,
+    ClipRewardConfig,
+    PreferenceRewardConfig,
+)
 from rlgen.digits.captions import PROMPTS
 from rlgen.digits.damage import DAMAGES
 from rlgen.digits.data import load_digits_data
 from rlgen.digits.train_clip import train_clip
 from rlgen.digits.train_preference import train_preference
 from rlgen.digits.train_tokenizer import train_tokenizer
-from rlgen.errors import CheckpointError, RewardError
+from rlgen.errors import CheckpointError, ConfigError, RewardError
 from rlgen.nn.weights import state_sha256
 from rlgen.rewards.clip import ClipScorer, load_clip_scorer
 from rlgen.rewards.hpsv2 import HpsScorer, load_hps_scorer
+from rlgen.rewards.load import check_scorer
 from rlgen.rewards.open_clip_model import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -313,3 +319,19 @@ def test_check_scores_names_scorer_condition_class_and_sample(bad):
 def test_check_scores_refuses_wrong_shapes_and_types(scores_B, message):
     with pytest.raises(RewardError, match=f"'mine'.*{message}"):
         check_scores("mine", scores_B, asked(torch.zeros(4, dtype=torch.int64)), ["a"] * 4)
+
+
+def test_a_scorer_s_files_are_found_before_any_model_is_built(tmp_path):
+    file = str(tmp_path / "weights.pt")
+    (tmp_path / "weights.pt").write_bytes(b"PK")
+    check_scorer(ClipRewardConfig(checkpoint=file, model="ViT-L-14-quickgelu"))
+    check_scorer(PreferenceRewardConfig(checkpoint=file))
+    check_scorer(ClipRewardConfig())
+    with pytest.raises(CheckpointError, match="single weight file"):
+        check_scorer(ClipRewardConfig(checkpoint=file))
+    with pytest.raises(ConfigError, match="ViT-L-14"):
+        check_scorer(ClipRewardConfig(checkpoint=file, model="ViT-L-41"))
+    with pytest.raises(CheckpointError, match="not an open_clip model folder"):
+        check_scorer(PreferenceRewardConfig(checkpoint=str(tmp_path)))
+    with pytest.raises(CheckpointError, match=r"weights\.pt"):
+        check_scorer(AestheticRewardConfig(checkpoint=file, model="ViT-L-14-quickgelu", head=file))
