@@ -9,7 +9,7 @@
 # HPS_v2.1_compressed.pt is: no published weights are needed, only a package index.
 #
 # Exit status 0 if the largest deviation is within the tolerance. Takes 4.5 minutes of CPU time,
-# 9 GB of memory and 3 GB of disk, and is therefore no part of the test suite.
+# memory for two ViT-H-14 in float32 (8 GB) and 2 GB of disk, and is therefore no part of the test suite.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../../.." && pwd)
