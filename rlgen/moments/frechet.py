@@ -15,7 +15,10 @@ from rlgen.errors import NumericsError
 from rlgen.moments.moments import Moments
 
 ROUNDING_EIGENVALUE = 1e-10
-"""Relative size below which an eigenvalue beyond the rank that the count allows is rounding."""
+"""Relative size below which an eigenvalue beyond the rank that the count allows is rounding, and
+below which a pivot makes a Cholesky factor untrustworthy."""
+_BLOCK = 256
+"""Columns that are multiplied together."""
 
 
 def frechet_distance(a: Moments, b: Moments, *, unbiased: bool = False) -> float:
@@ -44,11 +47,17 @@ def frechet_distance(a: Moments, b: Moments, *, unbiased: bool = False) -> float
         )
     cov_a_FF, cov_b_FF = _covariance(a, unbiased=unbiased), _covariance(b, unbiased=unbiased)
     if a.count <= b.count:
-        factor_FR, other_FF = _factor(cov_a_FF, a.count), cov_b_FF
+        factored_FF, count, other_FF = cov_a_FF, a.count, cov_b_FF
     else:
-        factor_FR, other_FF = _factor(cov_b_FF, b.count), cov_a_FF
-    product_RR = factor_FR.T @ other_FF @ factor_FR
-    eigenvalues_R = torch.linalg.eigvalsh((product_RR + product_RR.T) / 2)
+        factored_FF, count, other_FF = cov_b_FF, b.count, cov_a_FF
+    lower_FF = _cholesky(factored_FF, count)
+    if lower_FF is not None:
+        product_RR = _lower_congruence(lower_FF, other_FF)
+    else:
+        factor_FR = _factor(factored_FF, count)
+        product_RR = factor_FR.T @ other_FF @ factor_FR
+        product_RR = (product_RR + product_RR.T) / 2
+    eigenvalues_R = torch.linalg.eigvalsh(product_RR)  # reads the lower triangle alone
     cross = eigenvalues_R.clamp(min=0).sqrt().sum()
     gap_F = a.mean_F - b.mean_F
     distance = gap_F @ gap_F + cov_a_FF.trace() + cov_b_FF.trace() - 2 * cross
@@ -73,16 +82,31 @@ def _covariance(moments: Moments, *, unbiased: bool) -> Tensor:
     return moments.cov_FF * (moments.count / (moments.count - 1))
 
 
-def _factor(cov_FF: Tensor, count: float) -> Tensor:
-    """L with L L^T = cov, [F, R]; from eigenvectors in descending order if cov is near-singular.
+def _cholesky(cov_FF: Tensor, count: float) -> Tensor | None:
+    """The lower triangular L with L L^T = cov; None if cov is singular or nearly so."""
+    if count <= len(cov_FF):
+        return None
+    lower_FF, info = torch.linalg.cholesky_ex(cov_FF)
+    pivots_F = lower_FF.diagonal().square()
+    is_safe = bool(info == 0) and bool(pivots_F.min() > ROUNDING_EIGENVALUE * pivots_F.max())
+    return lower_FF if is_safe else None
 
-    The descending order makes the product graded, which keeps more digits of small eigenvalues.
-    """
-    if count > len(cov_FF):
-        lower_FF, info = torch.linalg.cholesky_ex(cov_FF)
-        pivots_F = lower_FF.diagonal().square()
-        if info == 0 and pivots_F.min() > ROUNDING_EIGENVALUE * pivots_F.max():
-            return lower_FF
+
+def _lower_congruence(lower_FF: Tensor, cov_FF: Tensor) -> Tensor:
+    """The lower triangle of L^T S L, without the products with L's zeros: a third of the work."""
+    half_FF, product_FF = torch.empty_like(cov_FF), torch.zeros_like(cov_FF)
+    starts = range(0, len(cov_FF), _BLOCK)
+    for i in starts:
+        part = slice(i, i + _BLOCK)
+        half_FF[:, part] = cov_FF[:, i:] @ lower_FF[i:, part]
+    for i in starts:
+        part, upto = slice(i, i + _BLOCK), slice(0, i + _BLOCK)
+        product_FF[part, upto] = lower_FF[i:, part].T @ half_FF[i:, upto]
+    return product_FF
+
+
+def _factor(cov_FF: Tensor, count: float) -> Tensor:
+    """L with L L^T = cov, columns by descending eigenvalue (graded: better small eigenvalues)."""
     values_F, vectors_FF = torch.linalg.eigh(cov_FF)
     values_F, vectors_FF = values_F.flip(0).clamp(min=0), vectors_FF.flip(1)
     ranks_F = torch.arange(1, len(values_F) + 1, device=values_F.device)

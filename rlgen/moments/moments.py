@@ -15,6 +15,9 @@ from torch import Tensor
 
 from rlgen.errors import NumericsError
 
+_BLOCK = 256
+"""Columns of a product that are computed together."""
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -44,22 +47,36 @@ def batch_moments(features_BF: Tensor) -> Moments:
         raise NumericsError(
             f"moments need features of shape [B, F] with B >= 1, got {list(features_BF.shape)}."
         )
-    finite_B = torch.isfinite(features_BF).all(dim=1)
-    if not finite_B.all():
-        bad = torch.nonzero(~finite_B).flatten()
-        raise NumericsError(
-            f"{len(bad)} of {len(finite_B)} feature vectors are not finite, the first is sample "
-            f"{int(bad[0])}; drop such samples before computing moments."
-        )
     features_BF = features_BF.to(torch.float64)
     mean_F = features_BF.mean(dim=0)
+    if not torch.isfinite(mean_F).all():  # one bad value is enough for that
+        bad = torch.nonzero(~torch.isfinite(features_BF).all(dim=1)).flatten().tolist()
+        told = f"the first is sample {bad[0]}" if bad else "but their sum is not"
+        raise NumericsError(
+            f"{len(bad)} of {len(features_BF)} feature vectors are not finite, {told}; drop such "
+            "samples before computing moments."
+        )
     centred_BF = features_BF - mean_F
     # The mean's own rounding error leaves a residual; putting it back makes the mean exact to
     # the last digit, which a later merge of many batches relies on.
     residual_F = centred_BF.mean(dim=0)
-    centred_BF = centred_BF - residual_F
-    cov_FF = centred_BF.T @ centred_BF / features_BF.shape[0]
+    centred_BF -= residual_F
+    cov_FF = _gram(centred_BF) / features_BF.shape[0]
     return Moments(float(features_BF.shape[0]), mean_F + residual_F, cov_FF)
+
+
+def _gram(rows_BF: Tensor) -> Tensor:
+    """X^T X; of many columns only the lower blocks are computed."""
+    num_columns = rows_BF.shape[1]
+    if num_columns <= _BLOCK:
+        return rows_BF.T @ rows_BF
+    gram_FF = rows_BF.new_empty(num_columns, num_columns)
+    for first in range(0, num_columns, _BLOCK):
+        last = min(first + _BLOCK, num_columns)
+        strip = rows_BF[:, first:last].T @ rows_BF[:, :last]
+        gram_FF[first:last, :last] = strip
+        gram_FF[:first, first:last] = strip[:, :first].T
+    return gram_FF
 
 
 def merge(a: Moments, b: Moments) -> Moments:

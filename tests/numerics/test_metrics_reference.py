@@ -41,7 +41,9 @@ def torch_fidelity_fid(generated: torch.Tensor, real: torch.Tensor) -> float:
     return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
 
 
-@pytest.mark.parametrize(("num_generated", "num_real", "width"), [(400, 300, 24), (900, 1500, 128)])
+@pytest.mark.parametrize(
+    ("num_generated", "num_real", "width"), [(400, 300, 24), (900, 1500, 128), (1100, 900, 530)]
+)
 def test_fid_equals_torch_fidelitys(num_generated: int, num_real: int, width: int) -> None:
     generated, real = draw(1, num_generated, width), draw(2, num_real, width, offset=0.5)
     expected = torch_fidelity_fid(generated, real)
