@@ -14,9 +14,9 @@ from io import BytesIO
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from rlgen.errors import ConfigError
+from rlgen.evaluation.metrics import neighborhoods
 from rlgen.moments.frechet import frechet_distance
 from rlgen.moments.moments import Moments, batch_moments
 from rlgen.storage import read_bytes
@@ -109,20 +109,15 @@ def measure_quality(
     Source: precision and recall, arXiv:1904.06991, by torch-fidelity.
     """
     features = torch.from_numpy(np.concatenate([_judge_features(item) for item in scored]))
-    neighborhood = prc_features_to_metric(
-        features[: len(real.neighbors_NF)],
-        real.neighbors_NF,
-        prc_neighborhood=num_neighbors,
-        prc_batch_size=10000,
-        save_cpu_ram=False,
-        verbose=False,
+    near = neighborhoods(
+        features[: len(real.neighbors_NF)], real.neighbors_NF, num_neighbors=num_neighbors
     )
     hits = [item.judge_hits_B for item in scored if item.judge_hits_B is not None]
     names = scored[0].rewards
     return Quality(
         judge_fid=frechet_distance(batch_moments(features), real.moments),
-        precision=neighborhood["precision"],
-        recall=neighborhood["recall"],
+        precision=near.precision,
+        recall=near.recall,
         accuracy=float(np.concatenate(hits).mean()) if hits else None,
         rewards={
             name: float(np.concatenate([item.rewards[name] for item in scored]).mean())
