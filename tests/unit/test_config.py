@@ -356,6 +356,7 @@ def run_job(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("argument", ["--help", "--dry-run"])
 def test_help_and_plan_come_in_two_seconds_and_leave_nothing(tmp_path, argument) -> None:
     durations = []
