@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlgen.config.model_sizes import policy_sizes
+from rlgen.config.models import architecture_of, model_spec
 from rlgen.config.run import RunConfig
 from rlgen.errors import ConfigError
 
@@ -64,6 +65,14 @@ def plan_evaluation(
         "checkpoint.resume_from": None,
     }
     return EvaluationPlan(config.with_values(neutral | dict(policy)), ordered, num_images)
+
+
+def published_architecture(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
+    """Family and fields of a published policy; None if only its file says what it is."""
+    policy = config.policy
+    if policy.model is None:
+        return None
+    return model_spec(policy.model).family, architecture_of(policy.model, policy.architecture)
 
 
 def model_evaluations(family: str, architecture: Mapping[str, Any], cfg_scale: float) -> int:

@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlgen.config import RunConfig, load_config
-from rlgen.config.evaluate import EvaluationPlan, describe_evaluation, plan_evaluation
+from rlgen.config.evaluate import (
+    EvaluationPlan,
+    describe_evaluation,
+    plan_evaluation,
+    published_architecture,
+)
 from rlgen.config.plan import check_local_files, check_required
 from rlgen.errors import ConfigError
 from rlgen.jobs.cli import run_job
@@ -39,10 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = plan_evaluation(config, scales=given.scales, num_images=given.num_images, policy=policy)
     check_local_files(plan.config)
     if given.dry_run:
-        from rlgen.jobs.evaluate_report import policy_architecture
-
         folder = given.output or "runs/evaluate-<key>"
-        print(describe_evaluation(plan, policy_architecture(plan.config), str(folder)))
+        print(describe_evaluation(plan, _architecture(plan.config), str(folder)))
         return 0
     check_required(plan.config)
     evaluate(plan, given.output)
@@ -162,6 +165,16 @@ def _sample(
             )
     finally:
         runtime.close()
+
+
+def _architecture(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
+    """Of a published policy from its name; only to read rlgen's own file takes torch."""
+    published = published_architecture(config)
+    if published is not None:
+        return published
+    from rlgen.jobs.evaluate_report import policy_architecture
+
+    return policy_architecture(config)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

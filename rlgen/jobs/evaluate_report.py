@@ -12,9 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from rlgen.config.base import EMBEDDED
-from rlgen.config.evaluate import EvaluationPlan, model_evaluations
+from rlgen.config.evaluate import EvaluationPlan, model_evaluations, published_architecture
 from rlgen.config.load import dump_yaml
-from rlgen.config.models import architecture_of, model_spec
 from rlgen.config.run import RunConfig
 from rlgen.evaluation.finished import FinishedUnits
 from rlgen.evaluation.judge import RealFeatures, load_real_features
@@ -121,10 +120,10 @@ def policy_architecture(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
     Raises:
         CheckpointError: its file is missing, damaged, or of another kind.
     """
-    policy = config.policy
-    if policy.model is not None:
-        return model_spec(policy.model).family, architecture_of(policy.model, policy.architecture)
-    location = policy.checkpoint
+    published = published_architecture(config)
+    if published is not None:
+        return published
+    location = config.policy.checkpoint
     if location == EMBEDDED:
         from rlgen.digits.assets import locate_assets
 
@@ -133,7 +132,7 @@ def policy_architecture(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
             return None
         location = str(assets.policy)
     metadata = peek_metadata(str(cached_file(location)))
-    return metadata["kind"], {**metadata["config"], **policy.architecture}
+    return metadata["kind"], {**metadata["config"], **config.policy.architecture}
 
 
 def write_results(results: Results, folder: Path, progress: RunProgress) -> None:

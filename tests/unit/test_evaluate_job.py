@@ -3,10 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from rlgen.config import load_config
 from rlgen.config.evaluate import plan_evaluation
@@ -16,7 +19,8 @@ from rlgen.evaluation.finished import FinishedUnits, evaluation_key
 from rlgen.jobs import evaluate, grpo
 from rlgen.jobs.cli import run_job
 from rlgen.learner.runtime import LocalRuntime
-from rlgen.types import WorkUnit
+from rlgen.rewards.engine import RewardEngine
+from rlgen.types import Rollout, SamplingSettings, WorkUnit
 from tests.conftest import TINY_DIGITS, TINY_RUN
 
 SETTINGS = [
@@ -219,6 +223,44 @@ def test_mlflow_holds_the_metrics_of_every_scale(whole: Path, tmp_path: Path) ->
     assert tracked.data.tags["rlgen.policy_sha256"] == result["policy_sha256"]
     names = {item.path for item in client.list_artifacts(tracked.info.run_id)}
     assert "evaluate.json" in names
+
+
+def test_a_judge_of_other_classes_gives_logits_for_the_inception_score_but_no_hits() -> None:
+    class Tokenizer:
+        def decode(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+            return tokens_BL.float()[:, None, None, :].expand(-1, 3, 2, -1) / 10
+
+    class Judge:
+        feature_space, num_features = "toy:2", 2
+
+        def __call__(self, images_01: torch.Tensor) -> torch.Tensor:
+            return images_01[:, 0, 0]
+
+        def logits(self, images_01: torch.Tensor) -> torch.Tensor:
+            return images_01[:, 0, 0].repeat(1, 3)
+
+    engine = RewardEngine(Tokenizer(), (), ("ant", "bee"), extractor=Judge(), judge=Judge())
+    unit = WorkUnit(
+        unit_id="e",
+        purpose="evaluate",
+        step=0,
+        index=0,
+        policy_version=0,
+        seed=0,
+        condition_indices_P=np.arange(2),
+        class_ids_P=np.array([0, 1]),
+        group_size=1,
+        settings=SamplingSettings(),
+    )
+    tokens_BL = np.array([[1, 2], [3, 4]], dtype=np.int32)
+    rollout = Rollout(unit, 0, tokens_BL, np.zeros((2, 2), np.float32), sampling_s=1.0)
+    plain = engine.score(rollout)
+    assert plain.judge_logits_BC is None and plain.features_BF is None
+    found = engine.score(replace(rollout, unit=replace(unit, is_detailed=True)))
+    assert found.judge_logits_BC is not None and found.features_BF is not None
+    np.testing.assert_allclose(found.judge_logits_BC, np.tile(tokens_BL / 10, 3), rtol=1e-6)
+    np.testing.assert_allclose(found.features_BF, tokens_BL / 10, rtol=1e-6)
+    assert found.judge_hits_B is None, "six classes are not the policy's two"
 
 
 # --- going on
