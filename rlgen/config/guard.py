@@ -14,8 +14,9 @@ class GuardConfig(Section):
     """Steps between judgements of a fixed-seed sample; 0 switches the guard off."""
     action: Literal["alarm", "stop", "rollback"] = "alarm"
     """Say so and go on; end the run; or go back to the best checkpoint with a smaller step."""
-    max_fid_ratio: Annotated[float, Field(gt=1.0)] | None = 1.5
-    """Judge FID may reach this times the best one so far; null drops the rule."""
+    max_fid_ratio: Annotated[float, Field(gt=1.0)] | None = 2.0
+    """Judge FID may reach this times the best one so far; null drops the rule. A good run's early
+    steps swing by 1.7 on the digits."""
     min_recall_ratio: Fraction | None = 0.93
     """Recall may fall to this times the base's; null drops the rule."""
     max_hollow_gains: PositiveInt | None = 2
