@@ -18,6 +18,10 @@ class LooFidConfig(Section):
     """Path or URL of the reference moments, taken in the extractor's feature space."""
     covariance: Literal["full", "diagonal"] = "full"
     """Exact full covariance, or the diagonal form of the published method."""
+    class_conditional: bool = False
+    """Compare each image with its class: the reference's mean of the class is taken from its
+    features, and the reference is the covariance within classes. Needs a reference with class
+    means, whose classes are called like class_names or are as many in the order of the ids."""
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """EMA decay of the feature moments per step."""
     start: Literal["policy", "reference"] = "policy"

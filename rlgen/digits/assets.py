@@ -19,7 +19,7 @@ import torch
 from rlgen.config.base import EMBEDDED
 from rlgen.config.digits import DigitsConfig
 from rlgen.config.run import RunConfig
-from rlgen.digits.data import DigitsData, load_digits_data
+from rlgen.digits.data import CLASS_NAMES, DigitsData, load_digits_data
 from rlgen.digits.train_clip import train_clip
 from rlgen.digits.train_features import train_feature_net, train_judge
 from rlgen.digits.train_policy import train_policy
@@ -27,6 +27,7 @@ from rlgen.digits.train_preference import train_preference
 from rlgen.digits.train_tokenizer import train_multiscale_tokenizer, train_tokenizer
 from rlgen.evaluation.judge import save_real_features
 from rlgen.features.extractor import ConvNetExtractor, save_convnet
+from rlgen.moments.classes import class_means
 from rlgen.moments.moments import batch_moments
 from rlgen.moments.reference import ReferenceMoments, save_reference
 from rlgen.policies.load import save_policy
@@ -167,7 +168,8 @@ def _save_references(
     config: DigitsConfig,
 ) -> None:
     """Reward: moments of training digits. Judge: held-out digits and as many training ones."""
-    moments = batch_moments(extractor(data.train.images_rgb_01))
+    features_NF = extractor(data.train.images_rgb_01)
+    moments = batch_moments(features_NF)
     save_reference(
         folder / "reference_moments.npz",
         ReferenceMoments(
@@ -176,6 +178,7 @@ def _save_references(
             mean_F=moments.mean_F,
             cov_FF=moments.cov_FF,
             preprocessing=f"gray, {config.image_size} px, values in [0, 1]",
+            classes=class_means(features_NF, data.train.labels_N, CLASS_NAMES),
         ),
     )
     heldout = judge(data.heldout.images_rgb_01)

@@ -24,7 +24,11 @@ REWARD_TITLES = {
 }
 # Title, metric keys with their legend, and what the reader should look for.
 CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
-    ("EMA FID (what the reward sees)", {"moments/ema_fid": ""}, "falls with the judge's"),
+    (
+        "FID in the reward's features",
+        {"moments/ema_fid": "EMA, what the reward sees", "moments/batch_fid": "this step's own"},
+        "falls with the judge's",
+    ),
     (
         "Precision and recall",
         {"judge/precision": "precision", "judge/recall": "recall"},

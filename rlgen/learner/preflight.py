@@ -18,12 +18,12 @@ from rlgen.evaluation.judge import load_real_features
 from rlgen.features.extractor import load_extractor
 from rlgen.learner.checkpoint import read_meta
 from rlgen.learner.sample_size import few_samples
-from rlgen.moments.reference import ReferenceMoments, check_reference, load_reference
+from rlgen.moments.reference import check_reference
 from rlgen.policies.captions import load_captions
 from rlgen.policies.load import load_policy, read_policy_file
 from rlgen.rewards.load import check_scorer, load_reward
 from rlgen.rewards.protocol import Asked
-from rlgen.storage import local_copy
+from rlgen.rewards.reference import load_class_means, read_reference
 from rlgen.tokenizers.protocol import Tokenizer
 from rlgen.tokenizers.published import open_tokenizer
 
@@ -41,7 +41,7 @@ def check_named_files(config: RunConfig) -> None:
         "policy.captions": load_captions,
         "tokenizer.checkpoint": lambda _: open_tokenizer(config.tokenizer, device=device),
         "reward.loo_fid.extractor": load_extractor,
-        "reward.loo_fid.reference": _read_reference,
+        "reward.loo_fid.reference": read_reference,
         "evaluation.judge": load_extractor,
         "evaluation.judge_reference": load_real_features,
         "checkpoint.resume_from": read_meta,
@@ -119,21 +119,17 @@ def _check_moments(config: RunConfig, device: torch.device) -> None:
     if loo_fid is None:
         return
     extractor = load_extractor(loo_fid.extractor, device)
-    reference = _read_reference(loo_fid.reference)
+    reference = read_reference(loo_fid.reference)
     check_reference(
         reference,
         feature_space=extractor.feature_space,
         num_features=extractor.num_features,
         path=f"reward.loo_fid.reference = {loo_fid.reference}",
     )
+    load_class_means(config)  # refuses a reference without the run's classes
     few = few_samples(config, num_features=extractor.num_features, reference_count=reference.count)
     if few:
         warnings.warn(few, stacklevel=2)
-
-
-def _read_reference(location: str) -> ReferenceMoments:
-    with local_copy(location) as path:
-        return load_reference(path)
 
 
 def _check_judge(config: RunConfig, device: torch.device) -> None:

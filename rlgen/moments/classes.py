@@ -75,6 +75,19 @@ class ClassMeans:
         )
 
 
+def class_means(features_NF: Tensor, labels_N: Tensor, names: Sequence[str]) -> ClassMeans:
+    """Compute the means of labelled features in float64.
+
+    Args:
+        features_NF: [N, F] of any float type.
+        labels_N: [N] int64 class ids, each of which occurs.
+        names: the classes in the order of their ids.
+    """
+    rows = [features_NF[labels_N == label].double().cpu() for label in range(len(names))]
+    means_KF = torch.stack([row.mean(dim=0) for row in rows])
+    return ClassMeans(tuple(names), tuple(len(row) for row in rows), means_KF)
+
+
 def sort_class_names(names: Sequence[str]) -> list[str]:
     """Numbers by value, everything else as text."""
     if all(name.isdecimal() for name in names):

@@ -58,11 +58,11 @@ class ReferenceMoments:
         """The same numbers without their origin."""
         return Moments(float(self.count), self.mean_F, self.cov_FF)
 
-    def within_classes(self) -> ReferenceMoments:
-        """The reference of class-centred features: mean 0, covariance within classes.
+    def known_classes(self) -> ClassMeans:
+        """The class means.
 
         Raises:
-            ConfigError: the class means are not known.
+            ConfigError: they are not known.
         """
         if self.classes is None:
             raise ConfigError(
@@ -70,7 +70,15 @@ class ReferenceMoments:
                 "from images in one folder per class, or set "
                 "reward.loo_fid.class_conditional=false."
             )
-        cov_FF = self.cov_FF - self.classes.scatter(self.mean_F)
+        return self.classes
+
+    def within_classes(self) -> ReferenceMoments:
+        """The reference of class-centred features: mean 0, covariance within classes.
+
+        Raises:
+            ConfigError: the class means are not known.
+        """
+        cov_FF = self.cov_FF - self.known_classes().scatter(self.mean_F)
         return replace(self, mean_F=torch.zeros_like(self.mean_F), cov_FF=cov_FF, classes=None)
 
 

@@ -18,6 +18,7 @@ from rlgen.features.extractor import FeatureExtractor, load_extractor
 from rlgen.rewards.instance import InstanceReward
 from rlgen.rewards.load import load_reward
 from rlgen.rewards.protocol import Asked
+from rlgen.rewards.reference import load_class_means
 from rlgen.tokenizers.protocol import Tokenizer
 from rlgen.tokenizers.published import open_tokenizer
 from rlgen.types import Rollout, ScoredRollout
@@ -33,6 +34,8 @@ class RewardEngine:
     extractor: FeatureExtractor | None
     judge: FeatureExtractor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    class_means_KF: np.ndarray | None = None
+    """What is taken from rewarded features, by class id; None if the reward knows no classes."""
 
     @classmethod
     def load(cls, config: RunConfig, *, device: torch.device) -> "RewardEngine":
@@ -51,6 +54,7 @@ class RewardEngine:
             extractor=None if loo_fid is None else load_extractor(loo_fid.extractor, device),
             judge=load_extractor(config.evaluation.judge, device),
             device=device,
+            class_means_KF=load_class_means(config),
         )
 
     @torch.inference_mode()
@@ -81,6 +85,8 @@ class RewardEngine:
                 rewards[scorer.name] = scorer(images_01, asked).float().cpu().numpy()
         if (unit.purpose != "evaluate" or unit.is_detailed) and self.extractor is not None:
             features = self.extractor(images_01).float().cpu().numpy()
+            if unit.purpose != "evaluate" and self.class_means_KF is not None:
+                features = (features - self.class_means_KF[class_ids_B.numpy()]).astype(np.float32)
         if unit.purpose == "evaluate":
             judge_features = self.judge(images_01).float().cpu().numpy()
             logits_BC = self._judge_logits(images_01, is_detailed=unit.is_detailed)

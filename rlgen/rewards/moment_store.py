@@ -21,8 +21,7 @@ from rlgen.moments.batch_distance import batch_distance
 from rlgen.moments.coordinates import ReferenceCoordinates, to_coordinates
 from rlgen.moments.ema import EmaState
 from rlgen.moments.leave_one_out import LeaveOneOut, leave_one_out
-from rlgen.moments.reference import load_reference
-from rlgen.storage import local_copy
+from rlgen.rewards.reference import rewarded_reference
 from rlgen.types import StepRewards
 
 LOO_FID = "loo_fid"
@@ -41,8 +40,7 @@ class MomentStore:
         self._loo_config: LooFidConfig | None = config.reward.loo_fid
         self._reference: ReferenceCoordinates | None = None
         if self._loo_config is not None:
-            with local_copy(self._loo_config.reference) as path:
-                self._reference = to_coordinates(load_reference(path))
+            self._reference = to_coordinates(rewarded_reference(self._loo_config))
         self._state: EmaState | None = None
         if self._loo_config is not None and self._loo_config.start == "reference":
             assert self._reference is not None, "read above"

@@ -14,8 +14,8 @@ from scipy import stats
 from rlgen.errors import ConfigError, RolloutError
 from rlgen.nn.attention import RotaryAttention
 from rlgen.nn.rotary import apply_rotary, rotary_table_2d
-from rlgen.sampling.logits import processed_logprobs
 from rlgen.sampling.decode import check_guidance, sample_tokens
+from rlgen.sampling.logits import processed_logprobs
 from rlgen.sampling.scoring import score_tokens
 from rlgen.types import Rollout, SamplingSettings, WorkUnit
 from tests.tiny import sampler_of, tiny_policy

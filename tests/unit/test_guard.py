@@ -36,9 +36,7 @@ def test_nothing_is_broken_before_the_first_judgement() -> None:
 def test_a_judge_fid_far_above_the_best_is_told_with_its_step() -> None:
     rows = ((6, 0.9, 0.0), (2, 0.9, 0.0), (4.1, 0.9, 0.0))
     [rule] = guarded(*rows).broken_rules()
-    assert (
-        "judge FID 4.1" in rule and "guard.max_fid_ratio = 2" in rule and "2 at step 10" in rule
-    )
+    assert "judge FID 4.1" in rule and "guard.max_fid_ratio = 2" in rule and "2 at step 10" in rule
     assert guarded(*rows, max_fid_ratio=2.1).broken_rules() == []
     assert guarded(*rows, max_fid_ratio=None).broken_rules() == []
 
