@@ -13,12 +13,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that is empty at first."""
+    return tmp_path_factory.mktemp("empty-cache")
+
+
+@pytest.fixture(scope="module")
+def summary(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Run the main job with no setting, from an empty cache, in a process of its own."""
     output = tmp_path_factory.mktemp("default") / "run"
-    cache = {"RLGEN_CACHE": str(tmp_path_factory.mktemp("empty-cache"))}
     command = [sys.executable, "-m", "rlgen.jobs.grpo", "--output", str(output)]
-    subprocess.run(command, check=True, env=os.environ | cache, timeout=900)
+    environment = os.environ | {"RLGEN_CACHE": str(cache)}
+    subprocess.run(command, check=True, env=environment, timeout=900)
     return json.loads(Path(output / "summary.json").read_text())
 
 
@@ -51,3 +57,24 @@ def test_all_processes_together_stay_under_six_gib(summary: dict[str, Any]) -> N
 
 def test_every_group_is_accounted_for(summary: dict[str, Any]) -> None:
     assert summary["groups"] == {"generated": 7200, "trained": 7200, "dropped": {}}
+
+
+def test_the_guard_finds_nothing(summary: dict[str, Any]) -> None:
+    assert summary["guard"] == {"alarms": [], "rollbacks": 0}
+
+
+def test_the_guard_ends_a_run_with_the_instance_rewards_alone(
+    summary: dict[str, Any], cache: Path, tmp_path: Path
+) -> None:
+    settings = ["reward.loo_fid.weight=0", "guard.action=stop", "evaluation.cfg_scales=[]"]
+    command = [sys.executable, "-m", "rlgen.jobs.grpo", "--output", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, *settings, "runtime=local", "tracking.uri=none"],
+        env=os.environ | {"RLGEN_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 2
+    assert "the guard ended the run at step" in " ".join(done.stderr.split())
+    assert not (tmp_path / "run" / "summary.json").exists()
