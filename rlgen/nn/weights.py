@@ -55,10 +55,17 @@ def weight_bytes(
 
 
 def tensors_to_bytes(state: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Return a state dict as the bytes of a safetensors file."""
+    """Return a state dict as the bytes of a safetensors file, the same for the same content."""
     # Cloned, because safetensors refuses tensors that share storage (tied weights, views).
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()}
-    return save(tensors, metadata)
+    payload = save(tensors, metadata)
+    # safetensors writes its metadata in a random order, and files are known by their digest.
+    start = 8 + struct.unpack("<Q", payload[:8])[0]
+    header = json.loads(payload[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return struct.pack("<Q", len(text)) + text + payload[start:]
 
 
 def read_weights(location: str, *, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

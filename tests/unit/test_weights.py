@@ -1,6 +1,8 @@
 """Weight files: what is written comes back, and each kind of damage has its own message."""
 
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -32,6 +34,24 @@ def location(tmp_path, net):
     path = str(tmp_path / "net.safetensors")
     save_weights(path, net, kind="toy", config=CONFIG)
     return path
+
+
+def test_equal_weights_make_equal_bytes_in_every_process() -> None:
+    script = (
+        "import torch, hashlib\n"
+        "from rlgen.nn.weights import weight_bytes\n"
+        "state = {'b': torch.ones(3), 'a': torch.arange(5)}\n"
+        "payload = weight_bytes(state, kind='x', config={'n': 1})\n"
+        "print(hashlib.sha256(payload).hexdigest())"
+    )
+    # The order of a hash map differs between processes, half of the time for two keys.
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script], check=True, capture_output=True, text=True
+        ).stdout
+        for _ in range(4)
+    }
+    assert len(found) == 1
 
 
 def test_round_trip(location, net):
