@@ -21,7 +21,7 @@ from rlgen.jobs.cli import Request, parse_request, run_job
 if TYPE_CHECKING:  # torch and Ray take seconds to import; --dry-run must not
     from rlgen.jobs.recorder import Recorder
     from rlgen.learner.runtime import Runtime
-    from rlgen.types import WorkUnit
+    from rlgen.types import ScoredRollout, WorkUnit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     if config.checkpoint.resume_from is None:
         recorder.stage("judging the base policy")
         recorder.begin(evaluator.sweep(0))
-        bootstrap_moments(config, runtime, recorder)
+        recorder.log_bootstrap(bootstrap_moments(config, runtime))
         first_step = 0
         keep_best(config, runtime, recorder, first_step)
     else:
@@ -113,7 +113,7 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     )
 
 
-def bootstrap_moments(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
+def bootstrap_moments(config: RunConfig, runtime: "Runtime") -> "list[ScoredRollout]":
     """Start the EMA from images of the base policy, sampled like the training's, if asked to."""
     import numpy as np
 
@@ -121,7 +121,7 @@ def bootstrap_moments(config: RunConfig, runtime: "Runtime", recorder: "Recorder
 
     loo_fid = config.reward.loo_fid
     if loo_fid is None or loo_fid.start == "reference":
-        return
+        return []
     units = independent_units(
         config,
         "bootstrap",
@@ -132,9 +132,9 @@ def bootstrap_moments(config: RunConfig, runtime: "Runtime", recorder: "Recorder
     )
     runtime.submit(units)
     scored = runtime.collect(units)
-    recorder.log_bootstrap(scored)
     features = [item.features_BF for item in scored]
     runtime.bootstrap_moments(np.concatenate([f for f in features if f is not None]))
+    return scored
 
 
 def is_judged(step: int, config: RunConfig) -> bool:

@@ -137,8 +137,8 @@ class Recorder:
         self._progress.step(step + 1, row)
 
     def log_bootstrap(self, scored: Sequence[ScoredRollout]) -> None:
-        """Take in the images that the moments start from."""
-        if self.config.replay.every:
+        """Take in the images that the moments start from, if there are any."""
+        if self.config.replay.every and scored:
             store_step(str(self.folder), BOOTSTRAP, scored)
 
     def log_evaluation(self, step: int, quality: Quality, images_u8: np.ndarray) -> list[str]:

@@ -81,7 +81,8 @@ def check_inputs(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.cfg_scale or evaluation.cfg_scales ask for guidance {sorted(scales)} and the "
             f"policy {config.policy.checkpoint} has no null class; set evaluation.cfg_scales=[] "
-            "and rollout.cfg_scale=1, or pretrain it with dropped conditions (digits.class_dropout)."
+            "and rollout.cfg_scale=1, or pretrain it with dropped conditions "
+            "(digits.class_dropout)."
         )
     for name, scorer in config.reward.active_scorers.items():
         check_scorer(scorer)
