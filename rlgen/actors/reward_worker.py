@@ -3,6 +3,7 @@
 Consumes rollouts from the coordinator and waits there only. It holds no state.
 """
 
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -21,15 +22,26 @@ class RewardWorker:
     def __init__(self, name: str, config: RunConfig, coordinator: Any) -> None:
         torch.set_num_threads(config.reward.threads)
         self._name = name
+        self._config = config
         self._coordinator = coordinator
-        self._engine = RewardEngine.load(config, device=actor_device(config.reward.num_gpus))
+
+    @cached_property
+    def _engine(self) -> RewardEngine:
+        # Not in __init__, whose errors reach the driver as a dead actor and a traceback.
+        try:
+            device = actor_device(self._config.reward.num_gpus)
+            return RewardEngine.load(self._config, device=device)
+        except Exception as error:
+            raise explained(error, RewardError, self._name) from None
 
     def ready(self) -> str:
         """Answer once the models are loaded."""
+        _ = self._engine
         return self._name
 
     def run(self) -> None:
         """Work until told to stop."""
+        self.ready()  # a replacement loads before it takes work from the others
         done = None
         while not isinstance(
             rollout := ray.get(self._coordinator.next_rollout.remote(self._name, done)), Stop

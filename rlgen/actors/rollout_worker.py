@@ -4,6 +4,7 @@ Consumes units from the coordinator and weights from the weight store. It waits 
 only, and holds nothing that a replacement could not load again.
 """
 
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -22,19 +23,29 @@ class RolloutWorker:
 
     def __init__(self, name: str, config: RunConfig, coordinator: Any, weights: Any) -> None:
         torch.set_num_threads(config.rollout.threads)
-        device = actor_device(config.rollout.num_gpus)
         self._name = name
+        self._config = config
         self._coordinator = coordinator
         self._weights = weights
-        policy = load_policy(config, device=device)
-        self._sampler = Sampler(policy, device=device, dtype=config.rollout.dtype)
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        # Not in __init__, whose errors reach the driver as a dead actor and a traceback.
+        try:
+            device = actor_device(self._config.rollout.num_gpus)
+            policy = load_policy(self._config, device=device)
+            return Sampler(policy, device=device, dtype=self._config.rollout.dtype)
+        except Exception as error:
+            raise explained(error, RolloutError, self._name) from None
 
     def ready(self) -> str:
         """Answer once the model is loaded."""
+        _ = self._sampler
         return self._name
 
     def run(self) -> None:
         """Work until told to stop."""
+        self.ready()  # a replacement loads before it takes work from the others
         done = None
         while not isinstance(
             unit := ray.get(self._coordinator.next_unit.remote(self._name, done)), Stop

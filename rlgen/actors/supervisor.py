@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rlgen.errors import RlgenError
 
@@ -52,7 +52,10 @@ class Supervisor:
                 f"{names} did not come up within {timeout_s:g} s; see `ray status` for missing "
                 "resources, or raise cluster.start_timeout_s for large models."
             )
-        ray.get(ready)
+        try:
+            ray.get(ready)
+        except RayTaskError as error:  # its own text is a traceback; the cause is meant for people
+            raise (error.cause if isinstance(error.cause, RlgenError) else error) from None
         for name, actor in self._actors.items():
             self._runs[actor.run.remote()] = (name.rsplit("-", 1)[0], name)
         self._thread.start()

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlgen.config import EMBEDDED, RunConfig, load_config
 from rlgen.config.plan import check_local_files, check_required
@@ -203,6 +203,7 @@ def _make_images(
     """Images of each unit, uint8 [B, 3, H, W], and the speeds in words, warm-up included."""
     import torch
 
+    from rlgen.learner.preflight import check_fit
     from rlgen.policies.load import load_policy
     from rlgen.sampling.sampler import Sampler
     from rlgen.tokenizers.published import open_tokenizer
@@ -211,7 +212,7 @@ def _make_images(
     progress.stage("loading the policy and its tokenizer")
     policy = load_policy(config, device=device)
     tokenizer = open_tokenizer(config.tokenizer, device=device)
-    _check_fit(config, policy, tokenizer, num_classes)
+    check_fit(config, policy, tokenizer, num_classes=num_classes)
     sampler = Sampler(policy, device=device, dtype=config.rollout.dtype)
     images_u8: list[np.ndarray] = []
     sampling_s = decoding_s = 0.0
@@ -230,23 +231,6 @@ def _make_images(
         f"{count / sampling_s:.3g} images/s sampled, {count / decoding_s:.3g} images/s decoded, on "
         f"{device.type} in {config.rollout.dtype}, up to {units[0].num_images} at once"
     )
-
-
-def _check_fit(config: RunConfig, policy: Any, tokenizer: Any, num_classes: int) -> None:
-    """Refuse names of other classes, and tokens of another tokenizer."""
-    if policy.num_classes != num_classes:
-        raise ConfigError(
-            f"class_names has {num_classes} names and the policy {config.policy.checkpoint} has "
-            f"{policy.num_classes} classes; name every class."
-        )
-    ours = (policy.num_tokens, policy.codebook_size)
-    theirs = (tokenizer.num_tokens, tokenizer.codebook_size)
-    if ours != theirs:
-        raise ConfigError(
-            f"the policy makes {ours[0]} tokens of {ours[1]} codes and the tokenizer "
-            f"{config.tokenizer.checkpoint} takes {theirs[0]} tokens of {theirs[1]} codes; use "
-            "the tokenizer that the policy was trained with."
-        )
 
 
 if __name__ == "__main__":

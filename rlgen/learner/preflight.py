@@ -21,6 +21,7 @@ from rlgen.learner.sample_size import few_samples
 from rlgen.moments.reference import check_reference
 from rlgen.policies.captions import load_captions
 from rlgen.policies.load import load_policy, read_policy_file
+from rlgen.policies.protocol import Policy
 from rlgen.rewards.load import check_scorer, load_reward
 from rlgen.rewards.protocol import Asked
 from rlgen.rewards.reference import load_class_means, read_reference
@@ -63,19 +64,7 @@ def check_inputs(config: RunConfig) -> None:
     device = torch.device("cpu")
     policy = load_policy(config, device=device)
     tokenizer = open_tokenizer(config.tokenizer, device=device)
-    if policy.num_classes != len(config.class_names):
-        raise ConfigError(
-            f"class_names has {len(config.class_names)} names and the policy "
-            f"{config.policy.checkpoint} has {policy.num_classes} classes; name every class."
-        )
-    ours = (policy.codebook_size, policy.num_tokens)
-    theirs = (tokenizer.codebook_size, tokenizer.num_tokens)
-    if ours != theirs:
-        raise ConfigError(
-            f"the policy makes {ours[1]} tokens of {ours[0]} codes and the tokenizer "
-            f"{config.tokenizer.checkpoint} takes {theirs[1]} tokens of {theirs[0]} codes; use "
-            "the tokenizer that the policy was trained with."
-        )
+    check_fit(config, policy, tokenizer, num_classes=len(config.class_names))
     scales = {config.rollout.cfg_scale, *config.evaluation.cfg_scales} - {1.0}
     if policy.null_class is None and scales:
         raise ConfigError(
@@ -92,6 +81,27 @@ def check_inputs(config: RunConfig) -> None:
     _check_judge(config, device)
     if config.checkpoint.resume_from is not None:
         _check_resume(config, config.checkpoint.resume_from)
+
+
+def check_fit(config: RunConfig, policy: Policy, tokenizer: Tokenizer, *, num_classes: int) -> None:
+    """Refuse names of other classes than the policy's, and tokens of another tokenizer.
+
+    Raises:
+        ConfigError: names both values.
+    """
+    if policy.num_classes != num_classes:
+        raise ConfigError(
+            f"class_names has {num_classes} names and the policy {config.policy.checkpoint} has "
+            f"{policy.num_classes} classes; name every class."
+        )
+    ours = (policy.codebook_size, policy.num_tokens)
+    theirs = (tokenizer.codebook_size, tokenizer.num_tokens)
+    if ours != theirs:
+        raise ConfigError(
+            f"the policy makes {ours[1]} tokens of {ours[0]} codes and the tokenizer "
+            f"{config.tokenizer.checkpoint} takes {theirs[1]} tokens of {theirs[0]} codes; use "
+            "the tokenizer that the policy was trained with."
+        )
 
 
 @torch.inference_mode()

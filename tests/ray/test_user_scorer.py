@@ -62,6 +62,24 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "summary.json").read_text())
 
 
+def test_a_scorer_that_only_fails_in_its_actor_is_told_without_a_traceback(
+    cache_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "far_rewards.py").write_text(
+        "class Far:\n"
+        "    def __init__(self, *, device):\n"
+        "        raise RuntimeError('no licence on this machine')\n"
+        "    def __call__(self, images_01, prompts, class_ids_B): ...\n"
+    )
+    far = "reward.scorers.far={type: python, target: 'far_rewards:Far', try_first: false}"
+    done = start(tmp_path, far, "tracking.uri=none")
+    told = " ".join(done.stderr.split())
+    assert done.returncode == 2, told
+    assert "far_rewards:Far" in told and "no licence on this machine" in told
+    assert "Traceback" not in told and "RayTaskError" not in told
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The summary of a run whose scorer never goes wrong."""
