@@ -92,7 +92,7 @@ class LearnerConfig(Section):
     lora: LoraConfig | None = None
     """Train low-rank additions to the linear layers instead of the weights; null trains all."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Compute activations again in the backward pass: less memory, more time."""
     micro_batch_size: PositiveInt = 480
     """Images in one forward and backward pass of a rank; the loss does not depend on it."""
     lr: Positive = 2e-4

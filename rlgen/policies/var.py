@@ -112,7 +112,6 @@ class VarCache:
 class VAR(OneNullClass, nn.Module):
     """The transformer: the class is the input of the first scale, and modulates every block."""
 
-    kind = "var"
     lvl_1L: Tensor
 
     def __init__(self, config: VarConfig, quantizer: MultiScaleQuantizer) -> None:
