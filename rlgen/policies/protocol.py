@@ -27,8 +27,6 @@ class Policy(Protocol):
     """First id that stands for no condition; None if guidance is impossible."""
     block_sizes: tuple[int, ...]
     """Tokens drawn together, in order; they sum to L."""
-    gradient_checkpointing: bool
-    """Whether a pass with gradients computes activations again instead of keeping them."""
     guidance_ramp: tuple[float, ...]
     """Per block the share of the guidance that applies: all 1, or rising over VAR's scales."""
 
