@@ -334,7 +334,7 @@ def test_the_emas_distance_may_fall_while_the_policys_rises(reference) -> None:
 
 def test_the_ema_may_start_from_the_reference_and_needs_no_bootstrap(reference) -> None:
     config = config_of(reference, reward__loo_fid__start="reference")
-    bootstrap_moments(config, None, None)  # type: ignore[arg-type]  # neither is asked anything
+    bootstrap_moments(config, None)  # type: ignore[arg-type]  # the runtime is asked nothing
     found = commit(MomentStore(config), 0)
     coordinates = to_coordinates(load_reference(reference))
     state = EmaState.from_reference(coordinates)
