@@ -6,7 +6,7 @@ where it runs is the runtime's business.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rlgen.config.plan import (
@@ -19,6 +19,7 @@ from rlgen.config.run import RunConfig
 from rlgen.jobs.cli import Request, parse_request, run_job
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import; --dry-run must not
+    from rlgen.evaluation.evaluator import UnitRunner
     from rlgen.jobs.recorder import Recorder
     from rlgen.learner.runtime import Runtime
     from rlgen.types import ScoredRollout, WorkUnit
@@ -64,7 +65,6 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     from rlgen.jobs.guarding import act_on, keep_best
     from rlgen.jobs.stopwatch import Stopwatch
     from rlgen.learner.batch import learner_batch, pooled
-    from rlgen.sampling.units import training_units
 
     recorder.stage("starting the roles")
     runtime.start(resume_from=config.checkpoint.resume_from)
@@ -78,19 +78,8 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     else:
         first_step = restore_run(config, runtime, recorder)
 
-    lag = config.max_policy_lag
-
-    def units_of(step: int) -> "list[WorkUnit]":
-        version = max(step - lag, first_step)
-        return training_units(config, step, policy_version=version)
-
-    for step in range(first_step, min(first_step + lag, config.steps)):
-        runtime.submit(units_of(step))  # a head start for the samplers, if lag allows one
-    for step in range(first_step, config.steps):
-        watch = Stopwatch()
-        if step + lag < config.steps:
-            runtime.submit(units_of(step + lag))
-        scored = runtime.collect(units_of(step))
+    watch = Stopwatch()
+    for step, scored in scored_steps(config, runtime, first_step):
         watch.lap("rollout_and_score")
         rewards = runtime.commit_moments(step, *pooled(scored))
         watch.lap("commit")
@@ -103,6 +92,7 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
             keep_best(config, runtime, recorder, step + 1)
         if is_due(step + 1, config.checkpoint.every_steps) or step + 1 == config.steps:
             save_run(config, runtime, recorder, step + 1)
+        watch = Stopwatch()
 
     recorder.stage("judging the trained policy")
     recorder.finish(
@@ -111,6 +101,30 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
         restarts=runtime.restarts(),
         dropped_groups=runtime.dropped_groups(),
     )
+
+
+def scored_steps(
+    config: RunConfig, runtime: "UnitRunner", first_step: int = 0
+) -> Iterator[tuple[int, "list[ScoredRollout]"]]:
+    """Yield every step with its scored units; sampling runs ahead by max_policy_lag steps.
+
+    The units of a step ask for the newest policy version when they are submitted, so whoever
+    takes a step must have learnt from it before asking for the next one.
+    """
+    from rlgen.sampling.units import training_units
+
+    lag = config.max_policy_lag
+
+    def units_of(step: int) -> "list[WorkUnit]":
+        version = max(step - lag, first_step)
+        return training_units(config, step, policy_version=version)
+
+    for step in range(first_step, min(first_step + lag, config.steps)):
+        runtime.submit(units_of(step))  # a head start for the samplers, if lag allows one
+    for step in range(first_step, config.steps):
+        if step + lag < config.steps:
+            runtime.submit(units_of(step + lag))
+        yield step, runtime.collect(units_of(step))
 
 
 def bootstrap_moments(config: RunConfig, runtime: "Runtime") -> "list[ScoredRollout]":
