@@ -1,14 +1,53 @@
-"""What the worker shells share: their device, and errors that survive the way to the driver."""
+"""What the worker shells share: their loop, their device, and errors that survive the way home.
+
+Imports no torch by itself: workers that only pretend to compute are light because of it.
+"""
 
 import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
+import ray
+from ray.exceptions import RayError
 
+from rlgen.actors.coordinator import Stop
 from rlgen.errors import RlgenError
 
+if TYPE_CHECKING:
+    import torch
 
-def actor_device(num_gpus: float) -> torch.device:
+
+def work_until_stopped(
+    name: str, *, fetch: Any, work: Callable[[Any], Any], fail: Any, kind: type[RlgenError]
+) -> None:
+    """Fetch work, do it, and hand the result in with the next request, until told to stop.
+
+    Args:
+        name: of the worker, as the coordinator knows it.
+        fetch: the coordinator's method that takes a result or None and gives work, None (ask
+            again) or Stop.
+        work: from what was fetched to the result.
+        fail: the coordinator's method that takes the error which ends this worker.
+        kind: of an error that is not meant for people.
+    """
+    done = None
+    while not isinstance(item := ray.get(fetch.remote(name, done)), Stop):
+        done = None
+        if item is None:
+            continue
+        try:
+            done = work(item)
+        except RayError:
+            raise  # a process, node or object was lost: whoever watches this worker decides
+        except Exception as error:
+            ray.get(fail.remote(explained(error, kind, name)))
+            return
+
+
+def actor_device(num_gpus: float) -> "torch.device":
     """The GPU that Ray gave this actor, or the CPU."""
+    import torch
+
     return torch.device("cuda" if num_gpus > 0 else "cpu")
 
 
