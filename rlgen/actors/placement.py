@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from rlgen.config.plan import Role, role_resources
+from rlgen.config.plan import Role
 from rlgen.config.run import RunConfig
 from rlgen.errors import PlacementError
 
@@ -58,8 +58,8 @@ def connect(config: RunConfig) -> str:
     return context.dashboard_url or ""
 
 
-def check_capacity(config: RunConfig, *, timeout_s: float) -> None:
-    """Wait until every role fits on the cluster's nodes, at most for a while.
+def check_capacity(roles: Sequence[Role], *, timeout_s: float) -> None:
+    """Wait until all roles fit on the cluster's nodes together, at most for a while.
 
     Raises:
         PlacementError: names the role that finds no node, and what the nodes have.
@@ -67,7 +67,7 @@ def check_capacity(config: RunConfig, *, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        unmet = first_unmet_role(role_resources(config), nodes)
+        unmet = first_unmet_role(roles, nodes)
         if unmet is None:
             return
         if time.monotonic() > deadline:

@@ -20,6 +20,7 @@ from rlgen.actors.reward_worker import RewardWorker
 from rlgen.actors.rollout_worker import RolloutWorker
 from rlgen.actors.supervisor import Supervisor
 from rlgen.actors.weight_store import WeightStore
+from rlgen.config.plan import role_resources
 from rlgen.config.run import RunConfig
 from rlgen.errors import RlgenError
 from rlgen.learner.batch import split_batch
@@ -33,23 +34,27 @@ _GOODBYE_S = 10.0
 class RayRuntime:
     """Places the roles and talks to them."""
 
-    def __init__(self, config: RunConfig, *, storage: str) -> None:
+    def __init__(self, config: RunConfig, *, storage: str, with_learner: bool = True) -> None:
         """Connect to Ray, or start it here; no actor yet.
 
         Args:
             config: the run.
             storage: folder or URL, seen by every node, for Ray Train's own bookkeeping.
+            with_learner: False only samples and scores units of version 0, the policy as
+                configured: no learner and no moment store then.
         Raises:
             PlacementError: the cluster has no room for a role.
         """
         self._config = config
         self._storage = storage
+        self._with_learner = with_learner
         self._name = f"rlgen-{uuid.uuid4().hex[:8]}"
         self.dashboard_url = connect(config)
         self._supervisor: Supervisor | None = None
         self._learners: LearnerGroup | None = None
         try:
-            check_capacity(config, timeout_s=_PLACEMENT_TIMEOUT_S)
+            roles = role_resources(config, with_learner=with_learner)
+            check_capacity(roles, timeout_s=_PLACEMENT_TIMEOUT_S)
         except BaseException:
             ray.shutdown()
             raise
@@ -59,24 +64,17 @@ class RayRuntime:
         config = self._config
         self._coordinator = _actor(Coordinator, cpus=0).remote()
         self._weights = _actor(WeightStore, cpus=0).remote(config.max_policy_lag + 2)
-        self._store = _actor(
-            MomentStoreActor, cpus=config.reward.num_cpus, name=f"{self._name}-moments"
-        ).remote(config)
         self._supervisor = Supervisor(self._coordinator, max_restarts=config.cluster.max_restarts)
         self._supervisor.hire("rollout", config.rollout.num_workers, self._make_rollout_worker)
         self._supervisor.hire("reward", config.reward.num_workers, self._make_reward_worker)
-        self._learners = LearnerGroup(
-            config,
-            coordinator=self._coordinator,
-            weights=self._weights,
-            resume_from=resume_from,
-            run_name=self._name,
-            storage=self._storage,
-        )
-        self._get(self._store.ready.remote(), "the moment store", config.cluster.start_timeout_s)
+        if self._with_learner:
+            self._start_learning(resume_from)
         self._supervisor.await_ready(config.cluster.start_timeout_s)
-        # The first answer shows that the learners are up and have published their weights.
-        self._command(LearnerCommand("digest"), config.cluster.start_timeout_s)
+        if self._with_learner:
+            timeout_s = config.cluster.start_timeout_s
+            self._get(self._store.ready.remote(), "the moment store", timeout_s)
+            # The first answer shows that the learners are up and have published their weights.
+            self._command(LearnerCommand("digest"), timeout_s)
 
     def submit(self, units: Sequence[WorkUnit]) -> None:
         """See Runtime."""
@@ -144,6 +142,20 @@ class RayRuntime:
                 self._learners.join(_GOODBYE_S)
             self._supervisor.close()
         ray.shutdown()
+
+    def _start_learning(self, resume_from: str | None) -> None:
+        """Make the moment store and the learners; they come up meanwhile."""
+        self._store = _actor(
+            MomentStoreActor, cpus=self._config.reward.num_cpus, name=f"{self._name}-moments"
+        ).remote(self._config)
+        self._learners = LearnerGroup(
+            self._config,
+            coordinator=self._coordinator,
+            weights=self._weights,
+            resume_from=resume_from,
+            run_name=self._name,
+            storage=self._storage,
+        )
 
     def _make_rollout_worker(self, name: str) -> Any:
         rollout = self._config.rollout

@@ -185,12 +185,17 @@ class Role:
     num_gpus: float
 
 
-def role_resources(config: RunConfig) -> list[Role]:
-    """What a run asks of the cluster."""
+def role_resources(config: RunConfig, *, with_learner: bool = True) -> list[Role]:
+    """What a run asks of the cluster; without a learner it only samples and scores."""
     rollout, reward, learner = config.rollout, config.reward, config.learner
-    return [
+    roles = [
         Role("rollout", rollout.num_workers, rollout.threads, rollout.num_cpus, rollout.num_gpus),
         Role("reward", reward.num_workers, reward.threads, reward.num_cpus, reward.num_gpus),
+    ]
+    if not with_learner:
+        return roles
+    return [
+        *roles,
         Role("moment store", 1, reward.threads, reward.num_cpus, 0.0),
         Role("learner", learner.num_workers, learner.threads, learner.num_cpus, learner.num_gpus),
     ]

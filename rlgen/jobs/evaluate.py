@@ -2,7 +2,7 @@
 
 `python -m rlgen.jobs.evaluate --checkpoint runs/NAME/checkpoints/step-00120 --num-images 10000`
 
-Sampled and scored by the actors of a training run. Units of images that are done are kept in the
+Sampled and scored by the rollout and reward actors of a training run. Units of images that are done are kept in the
 output folder, and the same command goes on from there. The results are evaluate.json, a table, and
 an MLflow run.
 """
@@ -151,7 +151,7 @@ def _sample(
     from rlgen.jobs.prepare import make_runtime
 
     config = plan.config
-    runtime = make_runtime(config, place)
+    runtime = make_runtime(config, place, with_learner=False)
     try:
         place.stage("starting the roles")
         runtime.start(resume_from=None)

@@ -57,14 +57,22 @@ def prepare_inputs(config: RunConfig, recorder: Observer) -> RunConfig:
     return config
 
 
-def make_runtime(config: RunConfig, recorder: Observer) -> Runtime:
-    """Connect to Ray, or load everything into this process."""
+def make_runtime(config: RunConfig, recorder: Observer, *, with_learner: bool = True) -> Runtime:
+    """Connect to Ray, or load everything into this process.
+
+    Args:
+        config: the run.
+        recorder: is told where Ray's dashboard is.
+        with_learner: False makes a runtime that samples and scores the policy as configured, and
+            can do nothing else.
+    """
     if config.runtime == "local":
-        return LocalRuntime(config)
+        return LocalRuntime(config, with_learner=with_learner)
     from rlgen.actors.ray_runtime import RayRuntime
 
     recorder.stage("starting Ray")
-    runtime = RayRuntime(config, storage=join(recorder.checkpoint_root, "ray_train"))
+    storage = join(recorder.checkpoint_root, "ray_train")
+    runtime = RayRuntime(config, storage=storage, with_learner=with_learner)
     if runtime.dashboard_url:
         recorder.note(f"Ray dashboard: http://{runtime.dashboard_url}")
     return runtime

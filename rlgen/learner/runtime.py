@@ -71,16 +71,23 @@ class Runtime(Protocol):
 class LocalRuntime:
     """All roles as plain objects in this process; one learner rank."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Load every model; nothing is sampled yet."""
+    def __init__(self, config: RunConfig, *, with_learner: bool = True) -> None:
+        """Load every model; nothing is sampled yet.
+
+        Args:
+            config: the run.
+            with_learner: False only samples and scores units of version 0, the policy as
+                configured: no learner and no moment store then.
+        """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_num_threads(config.learner.threads)
-        self._learner = Learner(load_policy(config, device=device), config, device=device)
+        if with_learner:
+            self._learner = Learner(load_policy(config, device=device), config, device=device)
+            self._store = MomentStore(config)
         self._sampler = Sampler(
             load_policy(config, device=device), device=device, dtype=config.rollout.dtype
         )
         self._engine = RewardEngine.load(config, device=device)
-        self._store = MomentStore(config)
         self._scored: dict[str, ScoredRollout] = {}
 
     def start(self, *, resume_from: str | None) -> None:
