@@ -1,7 +1,8 @@
 """Reading and writing bytes by path or fsspec URL.
 
-Owns the difference between local files and object stores, the cache of downloaded files, and
-the rule that a reader never sees a half-written file. Must not know what the bytes mean.
+Owns the difference between local files and object stores, the limits on what a call to either may
+take, the cache of downloaded files, and the rule that a reader never sees a half-written file.
+Must not know what the bytes mean.
 """
 
 import fcntl
@@ -11,11 +12,13 @@ import json
 import os
 import re
 import tempfile
+import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
@@ -23,6 +26,15 @@ from rlgen.errors import CheckpointError, RlgenError, StorageError
 
 # What filesystems tell of a file's version: HTTP, S3, GCS, memory and others.
 _VERSION_FIELDS = ("etag", "generation", "lastmodified", "mtime", "created", "size")
+# One request to S3; s3fs repeats those that time out up to five times.
+_S3_LIMITS = {
+    "connect_timeout": 5,
+    "read_timeout": 20,
+    "retries": {"mode": "standard", "total_max_attempts": 2},
+}
+_PROBE_TIMEOUT_S = 60.0
+
+T = TypeVar("T")
 
 
 def is_url(location: str) -> bool:
@@ -33,6 +45,21 @@ def is_url(location: str) -> bool:
 def without_credentials(location: str) -> str:
     """Return the location without user:password@ and query, for logs and messages."""
     return re.sub(r"://[^/@]*@", "://", location).partition("?")[0]
+
+
+def filesystem_of(location: str) -> tuple[Any, str]:
+    """Return fsspec's filesystem for a path or URL, and the path in it.
+
+    Requests to S3 are bounded in time; FSSPEC_S3_CONFIG_KWARGS overrides the limits. What the
+    filesystem remembers of folders is forgotten, because other processes write there too.
+    """
+    options: dict[str, Any] = {}
+    if location.partition("://")[0] in ("s3", "s3a"):
+        configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        options["config_kwargs"] = {**_S3_LIMITS, **configured}
+    filesystem, path = fsspec.core.url_to_fs(location, **options)
+    filesystem.invalidate_cache()
+    return filesystem, path
 
 
 def read_bytes(location: str) -> bytes:
@@ -54,13 +81,15 @@ def open_binary(location: str) -> Iterator[BinaryIO]:
     Raises:
         StorageError: it does not exist or cannot be read, also later in the block.
     """
-    with _errors_of(location), fsspec.open(location, "rb") as stream:
-        yield stream
+    with reading(location):
+        filesystem, path = filesystem_of(location)
+        with filesystem.open(path, "rb") as stream:
+            yield stream
 
 
 @contextmanager
-def _errors_of(location: str) -> Iterator[None]:
-    """Turn whatever a filesystem raises in the block into a StorageError."""
+def reading(location: str) -> Iterator[None]:
+    """Turn whatever a filesystem raises in the block into a StorageError about this location."""
     shown = without_credentials(location)
     try:
         yield
@@ -84,15 +113,16 @@ def _told(error: BaseException) -> str:
 
 
 def write_bytes(location: str, payload: bytes) -> None:
-    """Write a whole file; a local file appears complete or not at all.
+    """Write a whole file; it appears complete or not at all.
 
     Raises:
         StorageError: it cannot be written.
     """
     try:
         if is_url(location):
-            with fsspec.open(location, "wb") as stream:
-                stream.write(payload)
+            filesystem, path = filesystem_of(location)
+            # Not by a stream: closing one after an error would publish the part that was sent.
+            filesystem.pipe_file(path, payload)
             return
         target = Path(location.removeprefix("file://"))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,32 +130,69 @@ def write_bytes(location: str, payload: bytes) -> None:
             partial.write_bytes(payload)
     except Exception as error:  # backends raise types of their own, such as botocore's
         raise StorageError(
-            f"{without_credentials(location)} can't be written ({type(error).__name__}: {error}); "
-            "check the path or URL, its permissions, the free space and, for object stores, the "
-            "credentials in the environment."
+            f"{without_credentials(location)} can't be written ({_told(error)}); check the path or "
+            "URL, its permissions, the free space and, for object stores, the credentials in the "
+            "environment."
         ) from error
 
 
-def check_writable(root: str) -> None:
-    """Write and delete a small file at a root that may not exist yet; leaves nothing behind.
+def remove(location: str, *, recursive: bool = False) -> None:
+    """Delete a file, or with `recursive` a folder and all in it.
 
     Raises:
-        StorageError: one of the two is not possible.
+        StorageError: it does not exist, or may not be deleted.
+    """
+    try:
+        filesystem, path = filesystem_of(location)
+        filesystem.rm(path, recursive=recursive)
+    except Exception as error:  # backends raise types of their own, such as botocore's
+        raise StorageError(
+            f"{without_credentials(location)} can't be deleted ({_told(error)}); grant the right "
+            "to delete."
+        ) from error
+
+
+def check_writable(root: str, *, timeout_s: float = _PROBE_TIMEOUT_S) -> None:
+    """Write, read and delete a small file at a root that may not exist yet; leaves nothing behind.
+
+    Raises:
+        StorageError: one of the three is not possible, or takes longer than timeout_s.
     """
     place = root
     if not is_url(root):
         local = Path(root.removeprefix("file://")).absolute()
         place = str(next(parent for parent in (local, *local.parents) if parent.exists()))
     probe = join(place, f".probe-{uuid.uuid4().hex[:8]}")
-    write_bytes(probe, b"rlgen")
-    filesystem, path = fsspec.core.url_to_fs(probe)
+
+    def try_all() -> None:
+        write_bytes(probe, b"rlgen")
+        found = read_bytes(probe)
+        remove(probe)
+        if found != b"rlgen":
+            raise StorageError(f"{without_credentials(root)} gave back other bytes than written.")
+
     try:
-        filesystem.rm(path)
-    except OSError as error:
+        in_background(try_all, name="storage-probe").result(timeout_s)
+    except TimeoutError:
         raise StorageError(
-            f"{without_credentials(root)} takes files but does not let them be deleted ({error}); "
-            "old checkpoints could not be removed: grant the right to delete."
-        ) from error
+            f"{without_credentials(root)} took longer than {timeout_s:g} s to write, read and "
+            "delete five bytes; check that it is mounted, or that its server answers "
+            "(AWS_ENDPOINT_URL for S3)."
+        ) from None
+
+
+def in_background(work: Callable[[], T], *, name: str) -> "Future[T]":
+    """Start work in a thread that does not keep the process alive; the future has its outcome."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 @contextmanager
@@ -192,8 +259,8 @@ def cached_file(location: str, *, sha256: str | None = None) -> Path:
 
 def _cache_place(location: str) -> tuple[int | None, Path]:
     """The size of a remote file, if its server tells, and the path of its copy."""
-    with _errors_of(location):
-        filesystem, path = fsspec.core.url_to_fs(location)
+    with reading(location):
+        filesystem, path = filesystem_of(location)
         info: Mapping[str, Any] = filesystem.info(path)
     told = {key.lower().replace("-", ""): str(value) for key, value in info.items()}
     version = {field: told[field] for field in _VERSION_FIELDS if field in told}
@@ -207,8 +274,8 @@ def _cache_place(location: str) -> tuple[int | None, Path]:
 def _download(location: str, size: int | None, target: Path) -> None:
     for left_behind in target.parent.glob(f".{target.name}.*.partial"):  # by a killed process
         left_behind.unlink()
-    with atomic_path(target) as partial, _errors_of(location):
-        filesystem, path = fsspec.core.url_to_fs(location)
+    with atomic_path(target) as partial, reading(location):
+        filesystem, path = filesystem_of(location)
         filesystem.get_file(path, str(partial))
         received = partial.stat().st_size
         if size is not None and received != size:

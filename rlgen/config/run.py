@@ -126,6 +126,11 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
+    timeout_s: Positive = 600.0
+    """Longest time that writing one checkpoint may take, beside the training; then it counts as
+    failed."""
+    retries: Annotated[int, Field(ge=0)] = 8
+    """How often each file is tried again, after pauses of 1, 2, 4 ... up to 30 s."""
     resume_from: str | None = None
     """A checkpoint (`.../step-00040`) to go on from; with the same config the run ends as if it
     had never been interrupted."""

@@ -13,7 +13,7 @@ from rlgen.learner.checkpoint import (
     prune_checkpoints,
     read_meta,
     read_part,
-    write_part,
+    write_parts,
 )
 from rlgen.learner.preflight import resume_key
 from rlgen.learner.runtime import Runtime
@@ -28,11 +28,13 @@ def save_run(config: RunConfig, runtime: Runtime, recorder: "Recorder", step: in
     root = recorder.checkpoint_root
     uri = checkpoint_uri(root, step)
     parts = runtime.save_learner(uri)
-    parts.append(write_part(uri, MOMENTS, dump_state(runtime.moment_state())))
-    parts.append(write_part(uri, "config.yaml", dump_yaml(config).encode()))
+    moments = dump_state(runtime.moment_state())
+    settings = dump_yaml(config).encode()
+    own = {MOMENTS: lambda: moments, "config.yaml": lambda: settings}
+    parts += write_parts(uri, own, config.checkpoint)
     meta = {"step": step, "resume_key": resume_key(config), **recorder.state()}
     commit_checkpoint(uri, parts, meta=meta)
-    prune_checkpoints(root, keep=config.checkpoint.keep, protected=recorder.best_checkpoint)
+    prune_checkpoints(root, keep=config.checkpoint.keep, protected=(uri, recorder.best_checkpoint))
 
 
 def restore_run(config: RunConfig, runtime: Runtime, recorder: "Recorder") -> int:

@@ -6,39 +6,100 @@ are only ever loaded with weights_only=True.
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from safetensors.torch import load
+from torch import Tensor
 
-from rlgen.errors import CheckpointError
-from rlgen.learner.checkpoint import Part, read_part, write_part
+from rlgen.errors import CheckpointError, StorageError
+from rlgen.learner.checkpoint import Part, read_part, write_parts
 from rlgen.learner.learner import Learner
-from rlgen.nn.weights import load_state
 from rlgen.policies.load import policy_bytes
+from rlgen.storage import in_background, without_credentials
 
 POLICY = "policy.safetensors"
 LEARNER = "learner.pt"
 MOMENTS = "moments.pt"
 
 
+class LearnerSaver:
+    """Writes the learner's parts of a checkpoint from a thread, while the learner goes on.
+
+    At most one write is in flight, so that at most one copy of the weights is held.
+    """
+
+    def __init__(self) -> None:
+        self._uri = ""
+        self._writing: Future[list[Part]] | None = None
+
+    def start(self, learner: Learner, uri: str) -> None:
+        """Copy the state to host memory, and begin to write it.
+
+        Raises:
+            StorageError: the write before is still going on.
+        """
+        if self._writing is not None and not self._writing.done():
+            raise StorageError(
+                f"{without_credentials(self._uri)} is still being written; save less often "
+                "(checkpoint.every_steps), or find out why the storage is slow."
+            )
+        parts = snapshot_learner(learner)
+        settings = learner.config.checkpoint
+        self._uri = uri
+        self._writing = in_background(
+            lambda: write_parts(uri, parts, settings), name="checkpoint-learner"
+        )
+
+    def saved(self, uri: str) -> list[Part] | None:
+        """What was written there; None while it is being written.
+
+        Raises:
+            StorageError: it can't be written.
+        """
+        assert self._writing is not None and uri == self._uri, "start comes first"
+        return self._writing.result() if self._writing.done() else None
+
+
 def save_learner(learner: Learner, uri: str) -> list[Part]:
-    """Write the policy and the learner's state; the policy file is a base for another run."""
-    return [
-        write_part(uri, POLICY, policy_bytes(learner.policy, learner.policy_state())),
-        write_part(uri, LEARNER, dump_state(learner.state_dict())),
-    ]
+    """Write the learner's parts, while the learner waits."""
+    return write_parts(uri, snapshot_learner(learner), learner.config.checkpoint)
+
+
+def snapshot_learner(learner: Learner) -> dict[str, Callable[[], bytes]]:
+    """Copy the learner to host memory: by file name, what serialises that file.
+
+    The policy file is a base for another run.
+    """
+    policy, weights = learner.policy, copy_to_host(learner.policy_state())
+    state = copy_to_host(learner.state_dict())
+    return {
+        POLICY: lambda: policy_bytes(policy, weights),
+        LEARNER: lambda: dump_state(state),
+    }
+
+
+def copy_to_host(state: Any) -> Any:
+    """Copy nested dicts, lists and tuples; tensors come to the CPU and share nothing."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: copy_to_host(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(copy_to_host(value) for value in state)
+    return state
 
 
 def restore_learner(learner: Learner, uri: str) -> None:
-    """Load what save_learner wrote.
+    """Load what a snapshot of the learner holds.
 
     Raises:
         CheckpointError: not committed, damaged, or of another model or configuration.
     """
     if learner.config.learner.lora is None:  # else the base's file and the adapters make it up
-        load_state(learner.policy, load(read_part(uri, POLICY)), uri)
+        learner.load_policy_state(load(read_part(uri, POLICY)), uri)
     learner.load_state_dict(parse_state(read_part(uri, LEARNER), uri))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import fsspec
 import pytest
 
-from rlgen.errors import CheckpointError
+from rlgen.config.run import CheckpointConfig
+from rlgen.errors import CheckpointError, StorageError
 from rlgen.learner.checkpoint import (
     MARKER,
     checkpoint_uri,
@@ -15,10 +16,11 @@ from rlgen.learner.checkpoint import (
     prune_checkpoints,
     read_meta,
     read_part,
-    write_part,
+    write_parts,
 )
 from rlgen.storage import join, write_bytes
 
+SETTINGS = CheckpointConfig(retries=0)
 PAYLOADS = {"policy.bin": b"weights" * 50, "moments.bin": b"\x00\x01\x02"}
 
 
@@ -32,7 +34,8 @@ def root(request: pytest.FixtureRequest, tmp_path) -> str:
 
 def write(root: str, step: int, *, is_committed: bool = True) -> str:
     uri = checkpoint_uri(root, step)
-    parts = [write_part(uri, name, payload) for name, payload in PAYLOADS.items()]
+    makers = {name: (lambda name=name: PAYLOADS[name]) for name in PAYLOADS}
+    parts = write_parts(uri, makers, SETTINGS)
     if is_committed:
         commit_checkpoint(uri, parts, meta={"step": step})
     return uri
@@ -155,7 +158,7 @@ def test_pruning_takes_the_marker_first(root, monkeypatch) -> None:
         remove(self, path, recursive=recursive, **options)
 
     monkeypatch.setattr(type(filesystem), "rm", stopped_after_the_first)
-    with pytest.raises(OSError, match="went away"):
+    with pytest.raises(StorageError, match="went away"):
         prune_checkpoints(root, keep=1)
     with pytest.raises(CheckpointError, match="no committed checkpoint"):
         read_meta(checkpoint_uri(root, 1))
