@@ -42,5 +42,13 @@ class GuardError(RlgenError, RuntimeError):
     """The guard ended a run whose judged quality collapsed."""
 
 
+class RoleLost(RlgenError, RuntimeError):
+    """A process that holds a run's state died; the run goes on from its newest checkpoint."""
+
+
+class Stopped(RlgenError):
+    """A run ended because it was asked to."""
+
+
 class PlacementError(RlgenError, RuntimeError):
     """The cluster cannot host what the plan asks for."""

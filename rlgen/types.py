@@ -7,6 +7,7 @@ Shapes: P conditions, G samples per condition, B = P*G images (condition-major: 
 p*G + g is sample g of condition p), L image tokens, F feature dimensions.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -127,6 +128,42 @@ class LearnerBatch:
 
 
 @dataclass(frozen=True)
+class GroupCounts:
+    """Training groups since the roles were started; generated = taken + dropped + in flight."""
+
+    generated: int = 0
+    """Sampled, at least once."""
+    taken: int = 0
+    """Scored and handed to the learner's side."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """By reason."""
+    in_flight: int = 0
+
+    def __add__(self, other: "GroupCounts") -> "GroupCounts":
+        """The sum of the counts of two coordinators."""
+        return GroupCounts(
+            self.generated + other.generated,
+            self.taken + other.taken,
+            dict(Counter(self.dropped) + Counter(other.dropped)),
+            self.in_flight + other.in_flight,
+        )
+
+    def closed(self) -> "GroupCounts":
+        """The counts of a coordinator that is gone: what was in flight is rewound."""
+        dropped = Counter(self.dropped) + Counter({"rewound": self.in_flight})
+        return GroupCounts(self.generated, self.taken, dict(dropped), 0)
+
+
+@dataclass(frozen=True)
+class Health:
+    """What has happened to the roles so far."""
+
+    restarts: dict[str, int]
+    """Processes replaced, by role."""
+    groups: GroupCounts
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """Where one tensor lies in a flat weight buffer."""
 
@@ -142,5 +179,7 @@ class WeightManifest:
     """What a flat weight buffer holds, and the digest that the receiver must find."""
 
     version: int
-    sha256: str
+    digest: str
+    """Of the buffer's bytes; see nn/flat.py."""
+    num_bytes: int
     tensors: tuple[TensorSpec, ...] = field(repr=False)

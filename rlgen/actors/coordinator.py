@@ -4,16 +4,26 @@ Consumes units and learner commands from the driver, results from the workers. P
 whoever asks. Everyone waits here, no one waits for it: workers are unblocked by submit and by
 each other's results, the driver by results or by `fail`. It holds no model and does no
 arithmetic; the queues are in dispatcher.py.
+
+When the learners are lost, the driver rewinds: units, commands and answers are forgotten, and the
+next group of learners is another attempt, to which nothing of the earlier one gets through.
 """
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlgen.actors.dispatcher import Dispatcher
-from rlgen.types import LearnerBatch, Rollout, ScoredRollout, WorkUnit
+from rlgen.actors.heartbeat import Pulse
+from rlgen.errors import RoleLost
+from rlgen.types import GroupCounts, LearnerBatch, Rollout, ScoredRollout, WorkUnit
 
+LEARNER = "learner-"
+"""How the names of learner ranks begin."""
 _POLL_S = 5.0
 """Longest wait of one call; the caller asks again, so that a lost caller leaves no trace."""
 
@@ -45,9 +55,12 @@ class Coordinator:
         self._changed = asyncio.Condition()
         self._error: BaseException | None = None
         self._is_closed = False
+        self._crew: set[str] = set()
         self._lost: set[str] = set()
         self._commands: list[LearnerCommand] = []
         self._answers: dict[tuple[int, int], Any] = {}
+        self._attempt = 0
+        self._last_beats: dict[Pulse, float] = {}
 
     async def submit(self, units: Sequence[WorkUnit]) -> None:
         """Queue units."""
@@ -68,6 +81,17 @@ class Coordinator:
             await self._notify()
         return await self._lease(worker, self._dispatcher.lease_scoring)
 
+    async def await_crew(self, wanted: dict[str, int], timeout_s: float) -> dict[str, int]:
+        """Wait until so many workers of each role have asked for work; who is missing then."""
+
+        def missing() -> dict[str, int]:
+            here = Counter(worker.partition("-")[0] for worker in self._crew)
+            return {role: n - here[role] for role, n in wanted.items() if n > here[role]}
+
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._wait(lambda: not missing()), timeout_s)
+        return missing()
+
     async def collect(self, unit_ids: Sequence[str]) -> list[ScoredRollout]:
         """Wait until all these units are scored, and hand them out."""
         await self._wait(lambda: self._dispatcher.are_scored(unit_ids))
@@ -76,6 +100,8 @@ class Coordinator:
     async def release(self, worker: str) -> None:
         """Put a lost worker's unit back; its last call may still wait here and gets no other."""
         self._lost.add(worker)
+        self._crew.discard(worker)
+        self._forget(worker)
         self._dispatcher.release(worker)
         await self._notify()
 
@@ -85,17 +111,52 @@ class Coordinator:
         await self._notify()
         return len(self._commands) - 1
 
-    async def next_command(self, rank: int, number: int) -> LearnerCommand | None:
+    async def next_command(self, attempt: int, rank: int, number: int) -> LearnerCommand | None:
         """Give a rank the command of this number; None means ask again."""
-        await self._poll(lambda: number < len(self._commands))
+        await self._poll(lambda: attempt != self._attempt or number < len(self._commands))
+        if attempt != self._attempt:
+            return LearnerCommand("stop")
         if number >= len(self._commands):
             return None
         return self._commands[number].for_rank(rank)
 
-    async def answer(self, rank: int, number: int, value: Any) -> None:
+    async def answer(self, attempt: int, rank: int, number: int, value: Any) -> None:
         """Take a rank's answer to a command."""
-        self._answers[number, rank] = value
+        if attempt == self._attempt:
+            self._answers[number, rank] = value
+            await self._notify()
+
+    async def lose_learners(self, attempt: int, reason: str) -> None:
+        """Tell the driver that this attempt of the learners is over before its end."""
+        if attempt == self._attempt and not self._is_closed:
+            await self.fail(RoleLost(f"the learner group was lost: {reason}"))
+
+    async def rewind(self, attempt: int) -> None:
+        """Forget units, commands and answers, and that a role was lost; other errors stay."""
+        self._attempt = attempt
+        self._dispatcher.rewind()
+        self._forget(LEARNER)
+        self._commands.clear()
+        self._answers.clear()
+        if isinstance(self._error, RoleLost):
+            self._error = None
         await self._notify()
+
+    async def beat(self, pulse: Pulse) -> None:
+        """Note a sign of life."""
+        self._last_beats[pulse] = time.monotonic()
+
+    async def take_silent(self, timeout_s: float) -> list[Pulse]:
+        """Who was heard of before and not within the last seconds; each is named once."""
+        limit = time.monotonic() - timeout_s
+        silent = [pulse for pulse, last in self._last_beats.items() if last < limit]
+        for pulse in silent:
+            del self._last_beats[pulse]
+        return silent
+
+    async def pulses(self, prefix: str) -> list[Pulse]:
+        """Workers of this kind that give signs of life."""
+        return [pulse for pulse in self._last_beats if pulse.worker.startswith(prefix)]
 
     async def wait_answer(self, number: int, world_size: int) -> Any:
         """Wait until every rank has answered; rank 0's answer."""
@@ -120,12 +181,22 @@ class Coordinator:
         """Where the work is, for messages."""
         return self._dispatcher.describe()
 
-    async def duplicate_groups(self) -> int:
-        """Training groups dropped because their unit was answered before."""
-        return self._dispatcher.duplicate_groups
+    async def group_counts(self) -> GroupCounts:
+        """The ledger of training groups."""
+        return self._dispatcher.counts()
+
+    def _forget(self, prefix: str) -> None:
+        self._last_beats = {
+            pulse: last
+            for pulse, last in self._last_beats.items()
+            if not pulse.worker.startswith(prefix)
+        }
 
     async def _lease(self, worker: str, lease: Callable[[str], Any]) -> Any:
         found: list[Any] = []
+        if worker not in self._crew and worker not in self._lost:
+            self._crew.add(worker)
+            await self._notify()
 
         def try_lease() -> bool:
             if self._is_closed or worker in self._lost:

@@ -1,24 +1,29 @@
 """Who works on which unit: queues, leases and results, without Ray or clocks.
 
 Owns the way of a unit: queued -> sampled -> queued for scoring -> scored -> taken. A unit is
-leased to one worker at a time; what a lost worker held goes back to the head of its queue and
-comes out the same, because its noise is keyed by the unit.
+leased to one worker at a time and only its holder may answer; what a lost worker held goes back
+to the head of its queue and comes out the same, because its noise is keyed by the unit.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlgen.errors import RolloutError
-from rlgen.types import Rollout, ScoredRollout, WorkUnit
+from rlgen.types import GroupCounts, Rollout, ScoredRollout, WorkUnit
 
 
 @dataclass
 class Dispatcher:
     """The state of all units that were submitted and not yet taken."""
 
-    duplicate_groups: int = 0
-    """Training groups that came for units already answered, and were dropped."""
+    generated: int = 0
+    """Training groups that were sampled."""
+    taken: int = 0
+    """Training groups that were handed out."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Training groups that were generated and not handed out, by reason: `late` came from a worker
+    that was given up, `rewound` belong to steps that are done again from a checkpoint."""
     _to_sample: deque[WorkUnit] = field(default_factory=deque)
     _to_score: deque[Rollout] = field(default_factory=deque)
     _sampling: dict[str, WorkUnit] = field(default_factory=dict)
@@ -47,16 +52,17 @@ class Dispatcher:
         Raises:
             RolloutError: it was sampled with another policy version than the unit asks for.
         """
-        self._sampling.pop(worker, None)
         unit = rollout.unit
+        self.generated += _groups(unit)
+        held = self._sampling.pop(worker, None)
+        if held is None or held.unit_id != unit.unit_id:
+            self._drop(unit, "late")
+            return
         if rollout.policy_version != unit.policy_version:
             raise RolloutError(
                 f"unit {unit.unit_id} asks for policy version {unit.policy_version} and was "
                 f"sampled with {rollout.policy_version}."
             )
-        if self._is_answered(unit.unit_id) or self._is_past_sampling(unit.unit_id):
-            self._drop_duplicate(unit)
-            return
         self._to_score.append(rollout)
 
     def lease_scoring(self, worker: str) -> Rollout | None:
@@ -67,11 +73,10 @@ class Dispatcher:
         return self._scoring[worker]
 
     def finish_scoring(self, worker: str, scored: ScoredRollout) -> None:
-        """Take a scored rollout."""
-        self._scoring.pop(worker, None)
+        """Take a scored rollout; a second score of one rollout is forgotten."""
         unit = scored.rollout.unit
-        if self._is_answered(unit.unit_id):
-            self._drop_duplicate(unit)
+        held = self._scoring.pop(worker, None)
+        if held is None or held.unit.unit_id != unit.unit_id:
             return
         self._scored[unit.unit_id] = scored
 
@@ -89,7 +94,24 @@ class Dispatcher:
     def take(self, unit_ids: Sequence[str]) -> list[ScoredRollout]:
         """Hand out results, which the dispatcher then forgets."""
         self._open.difference_update(unit_ids)
-        return [self._scored.pop(unit_id) for unit_id in unit_ids]
+        taken = [self._scored.pop(unit_id) for unit_id in unit_ids]
+        self.taken += sum(_groups(item.rollout.unit) for item in taken)
+        return taken
+
+    def rewind(self) -> None:
+        """Forget every unit; whoever still works on one finds that it is no longer wanted."""
+        for rollout in self._held():
+            self._drop(rollout.unit, "rewound")
+        for queue in (self._to_sample, self._to_score):
+            queue.clear()
+        for leases in (self._sampling, self._scoring, self._scored):
+            leases.clear()
+        self._open.clear()
+
+    def counts(self) -> GroupCounts:
+        """The ledger of training groups."""
+        in_flight = sum(_groups(rollout.unit) for rollout in self._held())
+        return GroupCounts(self.generated, self.taken, dict(self.dropped), in_flight)
 
     def describe(self) -> str:
         """Where the open units are, for messages."""
@@ -100,13 +122,15 @@ class Dispatcher:
             f"({', '.join(sorted(self._scoring)) or 'by no one'}), {len(self._scored)} are done"
         )
 
-    def _drop_duplicate(self, unit: WorkUnit) -> None:
-        if unit.purpose == "train":
-            self.duplicate_groups += len(unit.class_ids_P)
+    def _held(self) -> list[Rollout]:
+        scored = [item.rollout for item in self._scored.values()]
+        return [*self._to_score, *self._scoring.values(), *scored]
 
-    def _is_answered(self, unit_id: str) -> bool:
-        return unit_id in self._scored or unit_id not in self._open
+    def _drop(self, unit: WorkUnit, reason: str) -> None:
+        if _groups(unit):
+            self.dropped[reason] += _groups(unit)
 
-    def _is_past_sampling(self, unit_id: str) -> bool:
-        rollouts = [*self._to_score, *self._scoring.values()]
-        return any(rollout.unit.unit_id == unit_id for rollout in rollouts)
+
+def _groups(unit: WorkUnit) -> int:
+    """How many groups to train on a unit has."""
+    return len(unit.class_ids_P) if unit.purpose == "train" else 0

@@ -6,16 +6,19 @@ alone (gloo on CPUs, NCCL on GPUs).
 """
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer, get_device
 
-from rlgen.actors.coordinator import LearnerCommand
+from rlgen.actors.coordinator import LEARNER, LearnerCommand
+from rlgen.actors.heartbeat import start_beating
 from rlgen.config.run import RunConfig
 from rlgen.errors import RlgenError
 from rlgen.learner.learner import Learner
@@ -29,16 +32,18 @@ def learner_loop(settings: dict[str, Any]) -> None:
     """What each rank runs, from the first command to the last."""
     config: RunConfig = settings["config"]
     coordinator, weights = settings["coordinator"], settings["weights"]
+    attempt, resume_from = settings["attempt"], config.checkpoint.resume_from
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(config.learner.threads)
     device = get_device()
     learner = Learner(load_policy(config, device=device), config, device=device)
-    if settings["resume_from"] is not None:
-        restore_learner(learner, settings["resume_from"])
+    if resume_from is not None:
+        restore_learner(learner, resume_from)
+    start_beating(coordinator, f"{LEARNER}{attempt}-{rank}")
     _publish(learner, weights, rank)
     number = 0
     while True:
-        command = ray.get(coordinator.next_command.remote(rank, number))
+        command = ray.get(coordinator.next_command.remote(attempt, rank, number))
         if command is None:
             continue
         if command.kind == "stop":
@@ -48,7 +53,7 @@ def learner_loop(settings: dict[str, Any]) -> None:
         except RlgenError as error:
             ray.get(coordinator.fail.remote(error))
             raise
-        ray.get(coordinator.answer.remote(rank, number, answer))
+        ray.get(coordinator.answer.remote(attempt, rank, number, answer))
         number += 1
 
 
@@ -69,7 +74,11 @@ def _publish(learner: Learner, weights: Any, rank: int) -> None:
 
 
 class LearnerGroup:
-    """Starts the ranks in a thread of the driver and passes their failure on."""
+    """One attempt of the ranks, in a thread of the driver that passes their loss on.
+
+    Ray Train starts the ranks and tears all down when one is lost. Starting again is the driver's
+    decision, because coordinator and moment store must go back to the same checkpoint.
+    """
 
     def __init__(
         self,
@@ -77,12 +86,13 @@ class LearnerGroup:
         *,
         coordinator: Any,
         weights: Any,
-        resume_from: str | None,
+        attempt: int,
         run_name: str,
         storage: str,
     ) -> None:
         """Return at once; the ranks come up meanwhile."""
         self._coordinator = coordinator
+        self._attempt = attempt
         resources: dict[str, float] = {"CPU": config.learner.num_cpus}
         if config.learner.num_gpus:
             resources["GPU"] = config.learner.num_gpus
@@ -92,7 +102,7 @@ class LearnerGroup:
                 "config": config,
                 "coordinator": coordinator,
                 "weights": weights,
-                "resume_from": resume_from,
+                "attempt": attempt,
             },
             scaling_config=ScalingConfig(
                 num_workers=config.learner.num_workers,
@@ -100,7 +110,7 @@ class LearnerGroup:
                 resources_per_worker=resources,
             ),
             run_config=TrainRunConfig(
-                name=run_name,
+                name=f"{run_name}-{attempt}",
                 storage_path=storage,
                 failure_config=FailureConfig(max_failures=0),
             ),
@@ -108,14 +118,15 @@ class LearnerGroup:
         self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
         self._thread.start()
 
-    def join(self, timeout_s: float) -> None:
-        """Wait for the ranks to go home after a stop command."""
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the ranks to go home; whether they did."""
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _fit(self) -> None:
         try:
             self._trainer.fit()
         except Exception as error:
             # The first error counts: a rank that failed with its own error has reported it.
-            failure = RlgenError(f"the learner group stopped: {error}")
-            ray.get(self._coordinator.fail.remote(failure))
+            with suppress(RayError):
+                ray.get(self._coordinator.lose_learners.remote(self._attempt, str(error)))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlgen.actors.heartbeat import start_beating
 from rlgen.config.run import RunConfig
 from rlgen.rewards.moment_store import MomentStore
 from rlgen.types import StepRewards
@@ -18,13 +19,10 @@ from rlgen.types import StepRewards
 class MomentStoreActor:
     """Shell of rewards.moment_store.MomentStore."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, coordinator: Any) -> None:
         torch.set_num_threads(config.reward.threads)
         self._store = MomentStore(config)
-
-    def ready(self) -> bool:
-        """Answer once the reference moments are loaded."""
-        return True
+        start_beating(coordinator, "moments")
 
     def bootstrap(self, features_BF: np.ndarray) -> None:
         """See MomentStore.bootstrap."""

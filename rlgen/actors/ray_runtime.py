@@ -1,19 +1,25 @@
 """The roles of a run as Ray actors; the arithmetic is the same as in LocalRuntime.
 
 Owns every long-lived actor: all are made here, in the driver, so that none dies with another.
-The driver waits at the coordinator, with a deadline on every wait.
+The driver waits at the coordinator, with a deadline on every wait. Workers and moment store are
+replaced while the step goes on; the loss of the learners, or of an actor beside the driver, comes
+out as RoleLost, and `start` with the newest checkpoint makes what is missing.
 """
 
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlgen.actors.coordinator import Coordinator, LearnerCommand
+from rlgen.actors.coordinator import LEARNER, Coordinator, LearnerCommand
+from rlgen.actors.heartbeat import Watchdog, kill_process
 from rlgen.actors.learner_group import LearnerGroup
+from rlgen.actors.moment_client import MomentStoreClient
 from rlgen.actors.moment_store import MomentStoreActor
 from rlgen.actors.placement import check_capacity, connect
 from rlgen.actors.reward_worker import RewardWorker
@@ -22,10 +28,10 @@ from rlgen.actors.supervisor import Supervisor
 from rlgen.actors.weight_store import WeightStore
 from rlgen.config.plan import role_resources
 from rlgen.config.run import RunConfig
-from rlgen.errors import RlgenError
+from rlgen.errors import RlgenError, RoleLost
 from rlgen.learner.batch import split_batch
 from rlgen.learner.checkpoint import Part
-from rlgen.types import LearnerBatch, ScoredRollout, StepRewards, WorkUnit
+from rlgen.types import GroupCounts, Health, LearnerBatch, ScoredRollout, StepRewards, WorkUnit
 
 _PLACEMENT_TIMEOUT_S = 30.0
 _GOODBYE_S = 10.0
@@ -52,6 +58,9 @@ class RayRuntime:
         self.dashboard_url = connect(config)
         self._supervisor: Supervisor | None = None
         self._learners: LearnerGroup | None = None
+        self._attempt = 0
+        self._restarts: Counter[str] = Counter()
+        self._groups = self._past_groups = GroupCounts()
         try:
             roles = role_resources(config, with_learner=with_learner)
             check_capacity(roles, timeout_s=_PLACEMENT_TIMEOUT_S)
@@ -59,20 +68,20 @@ class RayRuntime:
             ray.shutdown()
             raise
 
-    def start(self, *, resume_from: str | None) -> None:
+    def start(self, config: RunConfig) -> None:
         """See Runtime; all roles come up side by side."""
-        config = self._config
-        self._coordinator = _actor(Coordinator, cpus=0).remote()
-        self._weights = _actor(WeightStore, cpus=0).remote(config.max_policy_lag + 2)
-        self._supervisor = Supervisor(self._coordinator, max_restarts=config.cluster.max_restarts)
-        self._supervisor.hire("rollout", config.rollout.num_workers, self._make_rollout_worker)
-        self._supervisor.hire("reward", config.reward.num_workers, self._make_reward_worker)
+        self._config = config
+        timeout_s = config.cluster.start_timeout_s
+        is_first = self._supervisor is None
+        if not is_first:
+            self._end_attempt()
+        if self._supervisor is None:
+            self._hire()
         if self._with_learner:
-            self._start_learning(resume_from)
-        self._supervisor.await_ready(config.cluster.start_timeout_s)
+            self._start_learners()
+            self._store.await_ready() if is_first else self._store.reset()
+        self._supervisor.await_crew(timeout_s)
         if self._with_learner:
-            timeout_s = config.cluster.start_timeout_s
-            self._get(self._store.ready.remote(), "the moment store", timeout_s)
             # The first answer shows that the learners are up and have published their weights.
             self._command(LearnerCommand("digest"), timeout_s)
 
@@ -89,14 +98,13 @@ class RayRuntime:
 
     def bootstrap_moments(self, features_BF: np.ndarray) -> None:
         """See Runtime."""
-        self._get(self._store.bootstrap.remote(features_BF), "the moment store")
+        self._store.bootstrap(features_BF)
 
     def commit_moments(
         self, step: int, rewards: Mapping[str, np.ndarray], features_BF: np.ndarray | None
     ) -> StepRewards:
         """See Runtime."""
-        reference = self._store.commit.remote(step, dict(rewards), features_BF)
-        return self._get(reference, "the moment store")
+        return self._store.commit(step, rewards, features_BF)
 
     def learn(self, batch: LearnerBatch) -> dict[str, float]:
         """See Runtime."""
@@ -104,7 +112,10 @@ class RayRuntime:
         batches = tuple(
             split_batch(batch, rank=rank, world_size=world_size) for rank in range(world_size)
         )
-        return self._command(LearnerCommand("learn", batches))
+        metrics = self._command(LearnerCommand("learn", batches))
+        if self._supervisor is not None:
+            self._supervisor.note_progress()
+        return metrics
 
     def save_learner(self, uri: str) -> list[Part]:
         """See Runtime."""
@@ -112,50 +123,103 @@ class RayRuntime:
 
     def moment_state(self) -> dict[str, Any]:
         """See Runtime."""
-        return self._get(self._store.state_dict.remote(), "the moment store")
+        return self._store.state_dict()
 
     def restore_moments(self, state: Mapping[str, Any]) -> None:
         """See Runtime."""
-        self._get(self._store.load_state_dict.remote(dict(state)), "the moment store")
+        self._store.load_state_dict(state)
 
     def policy_sha256(self) -> str:
         """See Runtime."""
         return self._command(LearnerCommand("digest"))
 
-    def restarts(self) -> dict[str, int]:
+    def health(self) -> Health:
         """See Runtime."""
-        counted = {} if self._supervisor is None else dict(self._supervisor.restarts)
-        return counted | {"moment_store": 0, "learner": 0}
-
-    def dropped_groups(self) -> dict[str, int]:
-        """See Runtime."""
-        dropped = self._get(self._coordinator.duplicate_groups.remote(), "the coordinator")
-        return {"duplicate": dropped} if dropped else {}
+        restarts = self._restarts + Counter(self._supervisor.restarts if self._supervisor else {})
+        roles = dict.fromkeys(("rollout", "reward"), 0) | restarts
+        if self._with_learner:
+            roles |= {"moment_store": self._store.restarts, "learner": self._attempt}
+        now: GroupCounts = self._get(self._coordinator.group_counts.remote(), "the coordinator")
+        self._groups = now
+        return Health(roles, self._past_groups + now)
 
     def close(self) -> None:
         """Send everyone home and disconnect."""
         if not ray.is_initialized():
             return
-        if self._supervisor is not None:
-            self._coordinator.close.remote()
-            if self._learners is not None:
-                self._learners.join(_GOODBYE_S)
-            self._supervisor.close()
+        self._dismiss()
         ray.shutdown()
 
-    def _start_learning(self, resume_from: str | None) -> None:
-        """Make the moment store and the learners; they come up meanwhile."""
-        self._store = _actor(
-            MomentStoreActor, cpus=self._config.reward.num_cpus, name=f"{self._name}-moments"
-        ).remote(self._config)
+    def _hire(self) -> None:
+        """Make every actor but the learners."""
+        config = self._config
+        # Beside the driver: they are lost with it, and with nothing else.
+        self._coordinator = _actor(Coordinator, cpus=0, is_beside_driver=True).remote()
+        self._weights = _actor(WeightStore, cpus=0, is_beside_driver=True).remote(
+            config.max_policy_lag + 2
+        )
+        self._watchdog = Watchdog(
+            self._coordinator, timeout_s=config.cluster.heartbeat_timeout_s
+        )
+        if self._with_learner:
+            self._store = MomentStoreClient(
+                self._make_moment_store,
+                wait=self._wait_for_store,
+                max_restarts=config.cluster.max_restarts,
+            )
+        self._supervisor = Supervisor(self._coordinator, max_restarts=config.cluster.max_restarts)
+        self._supervisor.hire("rollout", config.rollout.num_workers, self._make_rollout_worker)
+        self._supervisor.hire("reward", config.reward.num_workers, self._make_reward_worker)
+
+    def _start_learners(self) -> None:
         self._learners = LearnerGroup(
             self._config,
             coordinator=self._coordinator,
             weights=self._weights,
-            resume_from=resume_from,
+            attempt=self._attempt,
             run_name=self._name,
             storage=self._storage,
         )
+
+    def _end_attempt(self) -> None:
+        """Let go of the learners, and of everything if coordinator or weight store are gone."""
+        self._attempt += 1
+        try:
+            ranks = ray.get(self._coordinator.pulses.remote(LEARNER), timeout=_GOODBYE_S)
+            ray.get(self._coordinator.rewind.remote(self._attempt), timeout=_GOODBYE_S)
+            ray.get(self._weights.rewind.remote(), timeout=_GOODBYE_S)
+        except (GetTimeoutError, RayActorError):
+            self._dismiss()
+            return
+        # Told to stop by the rewind; those that are stuck are killed.
+        if self._learners is not None and not self._learners.join(_GOODBYE_S):
+            for pulse in ranks:
+                kill_process(pulse)
+            self._learners.join(_GOODBYE_S)
+
+    def _dismiss(self) -> None:
+        """Send everyone home; what hangs or is gone already does not matter."""
+        if self._supervisor is None:
+            return
+        self._watchdog.close()
+        self._coordinator.close.remote()
+        if self._learners is not None:
+            self._learners.join(_GOODBYE_S)
+        self._supervisor.close()
+        self._restarts = self._restarts + Counter(self._supervisor.restarts)
+        if self._with_learner:
+            self._store.close()
+        ray.kill(self._coordinator)
+        ray.kill(self._weights)
+        self._past_groups += self._groups.closed()
+        self._groups = GroupCounts()
+        self._supervisor = self._learners = None
+
+    def _make_moment_store(self) -> Any:
+        shell = _actor(
+            MomentStoreActor, cpus=self._config.reward.num_cpus, name=f"{self._name}-moments"
+        )
+        return shell.remote(self._config, self._coordinator)
 
     def _make_rollout_worker(self, name: str) -> Any:
         rollout = self._config.rollout
@@ -176,6 +240,16 @@ class RayRuntime:
 
     def _get(self, reference: Any, awaited: str, timeout_s: float | None = None) -> Any:
         """Wait with a deadline; errors come out as what they are."""
+        try:
+            return self._wait(reference, awaited, timeout_s)
+        except RayActorError as error:
+            reason = str(error).split("\n")[0]
+            raise RoleLost(f"the process behind {awaited} died ({reason}).") from None
+
+    def _wait_for_store(self, reference: Any) -> Any:
+        return self._wait(reference, "the moment store", None)
+
+    def _wait(self, reference: Any, awaited: str, timeout_s: float | None) -> Any:
         limit = timeout_s or self._config.cluster.step_timeout_s
         try:
             return ray.get(reference, timeout=limit)
@@ -184,18 +258,29 @@ class RayRuntime:
                 raise error.cause from None
             raise
         except GetTimeoutError:
-            where = ray.get(self._coordinator.describe.remote(), timeout=limit)
-            raise RlgenError(
-                f"no answer from {awaited} within {limit:g} s: {where}. See the actors in the Ray "
-                "dashboard, or raise cluster.step_timeout_s if steps take that long."
-            ) from None
-        except RayActorError as error:
-            raise RlgenError(
-                f"the process behind {awaited} died ({error}); the last checkpoint is in place: "
-                "start again with checkpoint.resume_from."
+            raise RoleLost(
+                f"no answer from {awaited} within {limit:g} s: {self._where()}. See the actors in "
+                "the Ray dashboard, or raise cluster.step_timeout_s if steps take that long."
             ) from None
 
+    def _where(self) -> str:
+        try:
+            return ray.get(self._coordinator.describe.remote(), timeout=_GOODBYE_S)
+        except (GetTimeoutError, RayActorError):
+            return "the coordinator does not answer either"
 
-def _actor(shell: type, *, cpus: float, gpus: float = 0.0, name: str | None = None) -> Any:
+
+def _actor(
+    shell: type,
+    *,
+    cpus: float,
+    gpus: float = 0.0,
+    name: str | None = None,
+    is_beside_driver: bool = False,
+) -> Any:
     """A plain class as an actor class with its resources."""
-    return ray.remote(shell).options(num_cpus=cpus, num_gpus=gpus, name=name)
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "name": name}
+    if is_beside_driver:
+        node_id = ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(shell).options(**options)

@@ -6,11 +6,10 @@ Consumes rollouts from the coordinator and waits there only. It holds no state.
 from functools import cached_property
 from typing import Any
 
-import ray
 import torch
 
-from rlgen.actors.coordinator import Stop
-from rlgen.actors.shell import actor_device, explained
+from rlgen.actors.heartbeat import start_beating
+from rlgen.actors.shell import actor_device, explained, work_until_stopped
 from rlgen.config.run import RunConfig
 from rlgen.errors import RewardError
 from rlgen.rewards.engine import RewardEngine
@@ -42,15 +41,11 @@ class RewardWorker:
     def run(self) -> None:
         """Work until told to stop."""
         self.ready()  # a replacement loads before it takes work from the others
-        done = None
-        while not isinstance(
-            rollout := ray.get(self._coordinator.next_rollout.remote(self._name, done)), Stop
-        ):
-            done = None
-            if rollout is None:
-                continue
-            try:
-                done = self._engine.score(rollout)
-            except Exception as error:
-                ray.get(self._coordinator.fail.remote(explained(error, RewardError, self._name)))
-                return
+        start_beating(self._coordinator, self._name)
+        work_until_stopped(
+            self._name,
+            fetch=self._coordinator.next_rollout,
+            work=self._engine.score,
+            fail=self._coordinator.fail,
+            kind=RewardError,
+        )

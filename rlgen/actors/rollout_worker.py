@@ -10,12 +10,13 @@ from typing import Any
 import ray
 import torch
 
-from rlgen.actors.coordinator import Stop
-from rlgen.actors.shell import actor_device, explained
+from rlgen.actors.heartbeat import start_beating
+from rlgen.actors.shell import actor_device, explained, work_until_stopped
 from rlgen.config.run import RunConfig
 from rlgen.errors import RolloutError
 from rlgen.policies.load import load_policy
 from rlgen.sampling.sampler import Sampler
+from rlgen.types import Rollout, WorkUnit
 
 
 class RolloutWorker:
@@ -46,19 +47,18 @@ class RolloutWorker:
     def run(self) -> None:
         """Work until told to stop."""
         self.ready()  # a replacement loads before it takes work from the others
-        done = None
-        while not isinstance(
-            unit := ray.get(self._coordinator.next_unit.remote(self._name, done)), Stop
-        ):
-            done = None
-            if unit is None:
-                continue
-            try:
-                self._hold_version(unit.policy_version)
-                done = self._sampler.sample(unit)
-            except Exception as error:
-                ray.get(self._coordinator.fail.remote(explained(error, RolloutError, self._name)))
-                return
+        start_beating(self._coordinator, self._name)
+        work_until_stopped(
+            self._name,
+            fetch=self._coordinator.next_unit,
+            work=self._sample,
+            fail=self._coordinator.fail,
+            kind=RolloutError,
+        )
+
+    def _sample(self, unit: WorkUnit) -> Rollout:
+        self._hold_version(unit.policy_version)
+        return self._sampler.sample(unit)
 
     def _hold_version(self, version: int) -> None:
         if version != self._sampler.policy_version:

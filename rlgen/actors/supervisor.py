@@ -1,27 +1,38 @@
 """Watches rollout and reward actors and replaces the ones that die.
 
 Owns their life: making them, noticing their end, giving their work back. Their results do not
-depend on it, because a unit comes out the same on any worker.
+depend on it, because a unit comes out the same on any worker. Only infrastructure may fail a
+worker without ending the run; an error in a model or a scorer ends it.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from rlgen.errors import RlgenError
 
 _WATCH_S = 0.2
+_LIFE = "#"
+"""Between the place of a worker and the number of the replacement, as in rollout-1#3."""
 
 
 class Supervisor:
     """Keeps a fixed number of workers per role alive."""
 
     def __init__(self, coordinator: Any, *, max_restarts: int) -> None:
-        """Watch nobody yet."""
+        """Watch nobody yet.
+
+        Args:
+            coordinator: takes back what a lost worker held.
+            max_restarts: how often the worker in one place may be replaced between two calls of
+                `note_progress`.
+        """
         self.restarts: dict[str, int] = {}
+        self._deaths: Counter[str] = Counter()
         self._coordinator = coordinator
         self._max_restarts = max_restarts
         self._makers: dict[str, Callable[[str], Any]] = {}
@@ -31,34 +42,36 @@ class Supervisor:
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def hire(self, role: str, count: int, make: Callable[[str], Any]) -> None:
-        """Make the workers of a role; they load their models meanwhile."""
+        """Make the workers of a role and set them to work; they load their models first."""
         self.restarts[role] = 0
         self._makers[role] = make
         for index in range(count):
-            name = f"{role}-{index}"
-            self._actors[name] = make(name)
+            self._start(role, f"{role}-{index}")
 
-    def await_ready(self, timeout_s: float) -> None:
-        """Wait until all have loaded, then set them to work.
+    def await_crew(self, timeout_s: float) -> None:
+        """Watch over all, and wait until every place is taken by a worker that has loaded.
 
         Raises:
             RlgenError: one failed or did not come up in time.
         """
-        pending = {actor.ready.remote(): name for name, actor in self._actors.items()}
-        ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=timeout_s)
-        if late:
-            names = ", ".join(sorted(pending[ref] for ref in late))
-            raise RlgenError(
-                f"{names} did not come up within {timeout_s:g} s; see `ray status` for missing "
-                "resources, or raise cluster.start_timeout_s for large models."
-            )
+        if not self._thread.is_alive():
+            self._thread.start()
+        roles = [role for role, _ in self._runs.values()]
+        crew = {role: roles.count(role) for role in self._makers}
         try:
-            ray.get(ready)
+            missing = ray.get(self._coordinator.await_crew.remote(crew, timeout_s))
         except RayTaskError as error:  # its own text is a traceback; the cause is meant for people
             raise (error.cause if isinstance(error.cause, RlgenError) else error) from None
-        for name, actor in self._actors.items():
-            self._runs[actor.run.remote()] = (name.rsplit("-", 1)[0], name)
-        self._thread.start()
+        if missing:
+            listed = ", ".join(f"{number} {role}" for role, number in missing.items())
+            raise RlgenError(
+                f"{listed} workers did not come up within {timeout_s:g} s; see `ray status` for "
+                "missing resources, or raise cluster.start_timeout_s for large models."
+            )
+
+    def note_progress(self) -> None:
+        """A step was finished: deaths before it don't count any more."""
+        self._deaths.clear()
 
     def close(self) -> None:
         """Stop watching and let the workers go."""
@@ -78,27 +91,44 @@ class Supervisor:
                 role, name = self._runs.pop(reference)
                 try:
                     ray.get(reference)  # told to stop
-                except RayActorError:
-                    self._replace(role, name)
                 except RayError as error:
-                    self._coordinator.fail.remote(RlgenError(f"{name} failed: {error}"))
+                    if is_infrastructure(error):
+                        self._replace(role, name)
+                    else:
+                        self._coordinator.fail.remote(_meant_for_people(error, name))
             if not self._runs:
                 return
 
     def _replace(self, role: str, name: str) -> None:
-        self.restarts[role] += 1
-        if sum(self.restarts.values()) > self._max_restarts:
+        place = name.partition(_LIFE)[0]
+        self._deaths[place] += 1
+        if self._deaths[place] > self._max_restarts:
             self._coordinator.fail.remote(
                 RlgenError(
-                    f"{name} died and cluster.max_restarts = {self._max_restarts} workers were "
-                    "replaced already; look for out-of-memory kills in the Ray dashboard."
+                    f"{name} died, and cluster.max_restarts = {self._max_restarts} workers in its "
+                    "place before it within one step; look for out-of-memory kills in the Ray "
+                    "dashboard."
                 )
             )
             return
+        self.restarts[role] += 1
         ray.get(self._coordinator.release.remote(name))
-        self._actors.pop(name)
+        ray.kill(self._actors.pop(name))
         # A new name: the coordinator gives nothing more to the old one.
-        new_name = f"{role}-{name.rsplit('-', 1)[1].split('r')[0]}r{self.restarts[role]}"
-        actor = self._makers[role](new_name)
-        self._actors[new_name] = actor
-        self._runs[actor.run.remote()] = (role, new_name)
+        self._start(role, f"{place}{_LIFE}{self.restarts[role]}")
+
+    def _start(self, role: str, name: str) -> None:
+        self._actors[name] = self._makers[role](name)
+        self._runs[self._actors[name].run.remote()] = (role, name)
+
+
+def is_infrastructure(error: RayError) -> bool:
+    """Whether a process, a node or an object was lost, rather than an error in what it ran."""
+    if isinstance(error, RayTaskError):
+        return isinstance(error.cause, RayError)
+    return True
+
+
+def _meant_for_people(error: RayError, name: str) -> RlgenError:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return cause if isinstance(cause, RlgenError) else RlgenError(f"{name} failed: {error}")

@@ -30,6 +30,10 @@ class WeightStore:
         async with self._published:
             self._published.notify_all()
 
+    async def rewind(self) -> None:
+        """Forget every version: those that follow are published again, with other contents."""
+        self._versions.clear()
+
     async def fetch(self, version: int) -> tuple[WeightManifest, list[ray.ObjectRef]]:
         """Wait for a version; the buffer comes as a reference in a list, so that it is not read.
 

@@ -38,24 +38,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(request: Request) -> int:
-    """Prepare inputs, place the roles, train, and leave a folder that shows the result."""
+    """Prepare inputs, place the roles, train, and leave a folder that shows the result.
+
+    A run that was interrupted goes on from its newest checkpoint, be it that the same command is
+    given again, or that a role was lost in the middle of it.
+    """
+    from rlgen.errors import RoleLost
     from rlgen.jobs.guarding import Rollback
     from rlgen.jobs.prepare import make_runtime, prepare_inputs
     from rlgen.jobs.recorder import Recorder
+    from rlgen.jobs.resuming import after_loss, resumed
+    from rlgen.jobs.stopping import stop_on_signals
 
     with Recorder(request.config, output=request.output) as recorder:
-        config = prepare_inputs(request.config, recorder)
+        config = resumed(prepare_inputs(request.config, recorder), recorder)
         recorder.open(config)
-        while True:
-            runtime = make_runtime(config, recorder)
-            try:
-                train(config, runtime, recorder)
-                return 0
-            except Rollback as rollback:
-                config = rollback.config
-                recorder.roll_back(config)
-            finally:
-                runtime.close()
+        runtime = make_runtime(config, recorder)
+        try:
+            with stop_on_signals(recorder):
+                while True:
+                    try:
+                        train(config, runtime, recorder)
+                        return 0
+                    except Rollback as rollback:
+                        config = rollback.config
+                        recorder.roll_back(config)
+                    except RoleLost as loss:
+                        config = after_loss(loss, config, recorder)
+        finally:
+            runtime.close()
 
 
 def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
@@ -67,14 +78,14 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
     from rlgen.learner.batch import learner_batch, pooled
 
     recorder.stage("starting the roles")
-    runtime.start(resume_from=config.checkpoint.resume_from)
+    runtime.start(config)
     evaluator = Evaluator(config, runtime)
     if config.checkpoint.resume_from is None:
         recorder.stage("judging the base policy")
         recorder.begin(evaluator.sweep(0))
         recorder.log_bootstrap(bootstrap_moments(config, runtime))
         first_step = 0
-        keep_best(config, runtime, recorder, first_step)
+        save_run(config, runtime, recorder, first_step)
     else:
         first_step = restore_run(config, runtime, recorder)
 
@@ -85,21 +96,22 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
         watch.lap("commit")
         metrics = runtime.learn(learner_batch(step, scored, rewards))
         watch.lap("learn")
-        recorder.log_step(step, scored, rewards, metrics | watch.metrics())
+        recorder.log_step(step, scored, rewards, metrics | watch.metrics(), runtime.health())
         if is_judged(step + 1, config):
             broken = recorder.log_evaluation(step + 1, *evaluator.evaluate(step + 1))
             act_on(broken, config, runtime, recorder, step + 1)
             keep_best(config, runtime, recorder, step + 1)
-        if is_due(step + 1, config.checkpoint.every_steps) or step + 1 == config.steps:
+        is_last = step + 1 == config.steps or recorder.is_stopping
+        if is_due(step + 1, config.checkpoint.every_steps) or is_last:
             save_run(config, runtime, recorder, step + 1)
+        recorder.stop_if_asked()
         watch = Stopwatch()
 
     recorder.stage("judging the trained policy")
     recorder.finish(
         evaluator.sweep(config.steps),
         policy_sha256=runtime.policy_sha256(),
-        restarts=runtime.restarts(),
-        dropped_groups=runtime.dropped_groups(),
+        health=runtime.health(),
     )
 
 

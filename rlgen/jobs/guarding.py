@@ -50,6 +50,6 @@ def act_on(
 
 def keep_best(config: RunConfig, runtime: Runtime, recorder: Recorder, step: int) -> None:
     """Save the policy that was judged best, if a rollback may want it."""
-    is_saved_anyway = step > 0 and step % config.checkpoint.every_steps == 0
+    is_saved_anyway = step % config.checkpoint.every_steps == 0
     if config.guard.action == "rollback" and recorder.best_step == step and not is_saved_anyway:
         save_run(config, runtime, recorder, step)

@@ -7,7 +7,6 @@ goes into every checkpoint. Must not decide anything about training.
 import json
 import time
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,19 +15,21 @@ import numpy as np
 
 from rlgen.config.load import config_sha256, dump_yaml
 from rlgen.config.run import RunConfig
-from rlgen.errors import ConfigError
+from rlgen.errors import Stopped
 from rlgen.evaluation.evaluator import Sweep
 from rlgen.evaluation.grid import arrange_by_class, write_grid
 from rlgen.evaluation.guard import Guard, Judgement
 from rlgen.evaluation.judge import Quality
 from rlgen.jobs.console import RunProgress, summary_table
+from rlgen.jobs.ledger import GroupLedger
 from rlgen.jobs.memory import PeakMemory
 from rlgen.jobs.report import build_report
+from rlgen.jobs.run_folder import choose_folder, claim_folder
 from rlgen.learner.checkpoint import checkpoint_uri, read_meta
 from rlgen.learner.replay import BOOTSTRAP, step_name, store_step
 from rlgen.storage import atomic_path, write_bytes
-from rlgen.tracking import Tracker, ui_command
-from rlgen.types import ScoredRollout, StepRewards
+from rlgen.tracking import Status, Tracker, ui_command
+from rlgen.types import Health, ScoredRollout, StepRewards
 
 _FLUSH_S = 60.0
 
@@ -42,13 +43,8 @@ class Recorder:
         Raises:
             ConfigError: the folder holds another run.
         """
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.folder = output if output is not None else Path("runs") / f"{stamp}-seed{config.seed}"
-        if (self.folder / "config.yaml").exists() and config.checkpoint.resume_from is None:
-            raise ConfigError(
-                f"--output {self.folder} holds a run already; name another folder, or go on with "
-                "it by checkpoint.resume_from."
-            )
+        self.folder = choose_folder(config, output)
+        self._request = config
         self.config = config
         root = config.checkpoint.uri or str(self.folder / "checkpoints")
         self.checkpoint_root = root if "://" in root else str(Path(root).resolve())
@@ -58,10 +54,17 @@ class Recorder:
         self._started = time.monotonic()
         self._before: dict[str, Any] = {}
         self._sweeps: dict[str, dict[str, float]] = {}
-        self._groups: dict[str, Any] = {"generated": 0, "trained": 0, "dropped": {}}
+        self._ledger = GroupLedger()
         self._guard = Guard(config.guard)
         self._alarms: list[dict[str, Any]] = []
+        self._num_resumes = 0
         self.num_rollbacks = 0
+        self.num_losses = 0
+        """Roles lost since the last finished step."""
+        self.last_checkpoint: str | None = None
+        """The one committed last, by this process."""
+        self.is_stopping = False
+        """Whether the run was asked to end."""
 
     def __enter__(self) -> Self:
         self._memory.__enter__()
@@ -77,13 +80,15 @@ class Recorder:
         self._progress.__exit__(kind, error, trace)
         self._memory.__exit__(kind, error, trace)
         if self._tracker is not None:
-            self._tracker.close("FINISHED" if error is None else "FAILED", timeout_s=_FLUSH_S)
+            status: Status = "KILLED" if isinstance(error, Stopped) else "FAILED"
+            self._tracker.close("FINISHED" if error is None else status, timeout_s=_FLUSH_S)
             for warning in self._tracker.warnings:
                 self._progress.say(warning)
 
     def open(self, config: RunConfig) -> None:
         """Make the folder and start MLflow, now that the inputs are good."""
         self.config = config
+        claim_folder(self.folder, self._request)
         write_bytes(str(self.folder / "config.yaml"), dump_yaml(config).encode())
         resumed = config.checkpoint.resume_from
         self._tracker = Tracker(
@@ -106,6 +111,7 @@ class Recorder:
 
     def begin(self, base: tuple[Sweep, np.ndarray]) -> None:
         """Take in the evaluation of the base policy."""
+        self._forget_rows_after(-1)  # of an earlier start that did not get far
         sweep, images = base
         self._before = sweep.as_summary()
         self._sweeps["before"] = sweep.fids()
@@ -117,12 +123,13 @@ class Recorder:
         scored: Sequence[ScoredRollout],
         rewards: StepRewards,
         metrics: dict[str, float],
+        health: Health,
     ) -> None:
         """Take in one training step."""
-        group_size = self.config.rollout.group_size
-        num_groups = len(rewards.advantages_B) // group_size
-        self._groups["generated"] += sum(len(s.rollout.unit.class_ids_P) for s in scored)
-        self._groups["trained"] += num_groups
+        self.num_losses = 0
+        self._ledger.trained += len(rewards.advantages_B) // self.config.rollout.group_size
+        self._ledger.see(health.groups)
+        restarts = {f"restarts/{role}": float(n) for role, n in health.restarts.items()}
         means = {f"reward/{name}": float(v.mean()) for name, v in rewards.rewards.items()}
         work = {
             "time/sampling_s": sum(item.rollout.sampling_s for item in scored),
@@ -132,7 +139,7 @@ class Recorder:
         every = self.config.replay.every
         if every and step % every == 0:
             store_step(str(self.folder), step_name(step), scored, rewards)
-        row = means | rewards.metrics | metrics | work
+        row = means | rewards.metrics | metrics | work | restarts | self._ledger.metrics()
         self._write(step + 1, row)
         self._progress.step(step + 1, row)
 
@@ -203,7 +210,8 @@ class Recorder:
         return {
             "before": self._before,
             "sweeps": self._sweeps,
-            "groups": self._groups,
+            "groups": self._ledger.totals(),
+            "num_resumes": self._num_resumes,
             "mlflow_run_id": run_id,
             "guard": self._guard.state_dict(),
             "alarms": self._alarms,
@@ -212,31 +220,44 @@ class Recorder:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what state gave; rows of steps that will be done again go."""
+        is_new_process = not self._before
         self._before = state["before"]
         self._sweeps = state["sweeps"]
-        self._groups = state["groups"]
         self._guard = self._guard.restored(state["guard"])
         # A rollback rewinds the run, but not the memory that it happened.
         self._alarms = max(self._alarms, state["alarms"], key=len)
         self.num_rollbacks = max(self.num_rollbacks, state["num_rollbacks"])
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.exists():
-            rows = metrics.read_text().splitlines(keepends=True)
-            kept = [row for row in rows if json.loads(row)["step"] <= state["step"]]
-            metrics.write_text("".join(kept))
+        rewound = self._forget_rows_after(state["step"])
+        if is_new_process:
+            num_steps = sum("groups/trained" in row for row in rewound)
+            lost = num_steps * self.config.rollout.conditions_per_step
+            self._ledger.adopt(state["groups"], lost=lost)
+            self._num_resumes = state.get("num_resumes", 0) + 1
+        else:
+            self._ledger.trained = state["groups"]["trained"]
+
+    def stop_if_asked(self) -> None:
+        """End the run here, after a step that was saved, if a signal asked for it.
+
+        Raises:
+            Stopped: says how to go on.
+        """
+        if self.is_stopping:
+            raise Stopped(
+                f"stopped as asked; the state is saved in {self.last_checkpoint}. The same command "
+                "goes on from there."
+            )
 
     def finish(
         self,
         trained: tuple[Sweep, np.ndarray],
         *,
         policy_sha256: str,
-        restarts: dict[str, int],
-        dropped_groups: dict[str, int],
+        health: Health,
     ) -> None:
         """Take in the last evaluation; write the summary, the report and the table."""
         sweep, images = trained
-        self._groups["generated"] += sum(dropped_groups.values())
-        self._groups["dropped"] = dropped_groups
+        self._ledger.see(health.groups)
         self.log_evaluation(self.config.steps, sweep.by_scale[1.0], images)
         self._sweeps["after"] = sweep.fids()
         summary = {
@@ -248,8 +269,8 @@ class Recorder:
             "after": sweep.as_summary(),
             "sweep": self._sweeps,
             "policy_sha256": policy_sha256,
-            "groups": self._groups,
-            "restarts": restarts,
+            "groups": self._ledger.totals(),
+            "restarts": health.restarts | {"driver": self._num_resumes},
             "guard": {"alarms": self._alarms, "rollbacks": self.num_rollbacks},
             "peak_pss_gib": self._memory.peak_gib,
         }
@@ -266,6 +287,16 @@ class Recorder:
         self.note(f"checkpoints: {self.checkpoint_root}")
         if command := ui_command(self._tracking_uri()):
             self.note(f"MLflow:      {command}")
+
+    def _forget_rows_after(self, step: int) -> list[dict[str, Any]]:
+        """Take back the rows of steps that will be done again."""
+        metrics = self.folder / "metrics.jsonl"
+        if not metrics.exists():
+            return []
+        rows = [json.loads(row) for row in metrics.read_text().splitlines() if row.endswith("}")]
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        write_bytes(str(metrics), kept.encode())
+        return [row for row in rows if row["step"] > step]
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         elapsed = time.monotonic() - self._started

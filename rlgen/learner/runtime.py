@@ -5,6 +5,7 @@ machines without Ray. The Ray version is actors/ray_runtime.py; both do the same
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,14 +21,25 @@ from rlgen.policies.load import load_policy
 from rlgen.rewards.engine import RewardEngine
 from rlgen.rewards.moment_store import MomentStore
 from rlgen.sampling.sampler import Sampler
-from rlgen.types import LearnerBatch, ScoredRollout, StepRewards, WorkUnit
+from rlgen.types import (
+    GroupCounts,
+    Health,
+    LearnerBatch,
+    ScoredRollout,
+    StepRewards,
+    WorkUnit,
+)
 
 
 class Runtime(Protocol):
     """The roles of a run. Calls are made in the order of the steps, by one thread."""
 
-    def start(self, *, resume_from: str | None) -> None:
-        """Bring every role up, at the base policy or at a checkpoint."""
+    def start(self, config: RunConfig) -> None:
+        """Bring every role up, at the base policy or at the checkpoint that config resumes from.
+
+        May be called again, after RoleLost or to go on elsewhere: units that are open are
+        forgotten, the learner starts anew, the samplers and scorers stay.
+        """
 
     def submit(self, units: Sequence[WorkUnit]) -> None:
         """Queue units for sampling and scoring; returns at once."""
@@ -58,11 +70,8 @@ class Runtime(Protocol):
     def policy_sha256(self) -> str:
         """Digest of the policy's tensors."""
 
-    def restarts(self) -> dict[str, int]:
-        """Processes replaced so far, by role."""
-
-    def dropped_groups(self) -> dict[str, int]:
-        """Training groups that were generated and not trained on, by reason."""
+    def health(self) -> Health:
+        """Processes replaced and groups generated so far."""
 
     def close(self) -> None:
         """Let go of everything; safe to call twice."""
@@ -81,28 +90,37 @@ class LocalRuntime:
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_num_threads(config.learner.threads)
+        self._device, self._with_learner = device, with_learner
         if with_learner:
-            self._learner = Learner(load_policy(config, device=device), config, device=device)
             self._store = MomentStore(config)
         self._sampler = Sampler(
             load_policy(config, device=device), device=device, dtype=config.rollout.dtype
         )
         self._engine = RewardEngine.load(config, device=device)
         self._scored: dict[str, ScoredRollout] = {}
+        self._counts = GroupCounts()
 
-    def start(self, *, resume_from: str | None) -> None:
-        """Resume, if asked to."""
-        if resume_from is not None:
-            restore_learner(self._learner, resume_from)
-            self._publish()
+    def start(self, config: RunConfig) -> None:
+        """See Runtime."""
+        self._scored.clear()
+        self._counts = self._counts.closed()
+        if not self._with_learner:
+            return
+        policy = load_policy(config, device=self._device)
+        self._learner = Learner(policy, config, device=self._device)
+        if config.checkpoint.resume_from is not None:
+            restore_learner(self._learner, config.checkpoint.resume_from)
+        self._publish()
 
     def submit(self, units: Sequence[WorkUnit]) -> None:
         """Sample and score now: nothing else could run meanwhile."""
         for unit in units:
             self._scored[unit.unit_id] = self._engine.score(self._sampler.sample(unit))
+        self._count(units, generated=1, in_flight=1)
 
     def collect(self, units: Sequence[WorkUnit]) -> list[ScoredRollout]:
         """Hand out what submit made."""
+        self._count(units, taken=1, in_flight=-1)
         return [self._scored.pop(unit.unit_id) for unit in units]
 
     def bootstrap_moments(self, features_BF: np.ndarray) -> None:
@@ -137,16 +155,17 @@ class LocalRuntime:
         """See Runtime."""
         return state_sha256(self._learner.policy_state())
 
-    def restarts(self) -> dict[str, int]:
-        """Nothing restarts in one process."""
-        return {}
-
-    def dropped_groups(self) -> dict[str, int]:
-        """Nothing is dropped in one process."""
-        return {}
+    def health(self) -> Health:
+        """Nothing restarts in one process, and nothing is dropped but by a new start."""
+        return Health({}, self._counts)
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+    def _count(self, units: Sequence[WorkUnit], **signs: int) -> None:
+        num = sum(len(unit.class_ids_P) for unit in units if unit.purpose == "train")
+        now = {name: getattr(self._counts, name) + sign * num for name, sign in signs.items()}
+        self._counts = replace(self._counts, **now)
 
     def _publish(self) -> None:
         version = self._learner.policy_version

@@ -17,7 +17,6 @@ from torch import Tensor
 from rlgen.errors import CheckpointError, StorageError
 from rlgen.learner.checkpoint import Part, read_part, write_parts
 from rlgen.learner.learner import Learner
-from rlgen.nn.weights import load_state
 from rlgen.policies.load import policy_bytes
 from rlgen.storage import in_background, without_credentials
 
@@ -100,7 +99,7 @@ def restore_learner(learner: Learner, uri: str) -> None:
         CheckpointError: not committed, damaged, or of another model or configuration.
     """
     if learner.config.learner.lora is None:  # else the base's file and the adapters make it up
-        load_state(learner.policy, load(read_part(uri, POLICY)), uri)
+        learner.load_policy_state(load(read_part(uri, POLICY)), uri)
     learner.load_state_dict(parse_state(read_part(uri, LEARNER), uri))
 
 

@@ -69,7 +69,7 @@ def test_units_go_from_submit_to_take_in_order() -> None:
     assert [item.rollout.unit.unit_id for item in dispatcher.take(["c", "a"])] == ["c", "a"]
     assert not dispatcher.are_scored(["a"])
     assert dispatcher.are_scored(["b"])
-    assert dispatcher.duplicate_groups == 0
+    assert not dispatcher.dropped
 
 
 def test_results_may_come_in_any_order() -> None:
@@ -123,14 +123,14 @@ def test_a_second_rollout_is_ignored_and_its_groups_are_counted(state) -> None:
         if state == "taken":
             dispatcher.take(["a"])
     dispatcher.finish_sampling("r0", rollout_of(unit))
-    assert dispatcher.duplicate_groups == 3
+    assert dispatcher.dropped == {"late": 3}
     if state == "to score":
         score(dispatcher, "s0")
     assert dispatcher.lease_scoring("s1") is None, "it must not be scored again"
 
 
 @pytest.mark.parametrize("is_taken", [False, True])
-def test_a_second_score_is_ignored_and_its_groups_are_counted(is_taken) -> None:
+def test_a_second_score_is_ignored(is_taken) -> None:
     dispatcher = submitted("a")
     sample(dispatcher, "r0")
     rollout = dispatcher.lease_scoring("s0")
@@ -140,7 +140,7 @@ def test_a_second_score_is_ignored_and_its_groups_are_counted(is_taken) -> None:
     if is_taken:
         dispatcher.take(["a"])
     dispatcher.finish_scoring("s0", scored(rollout, scoring_s=2.0))
-    assert dispatcher.duplicate_groups == 3
+    assert not dispatcher.dropped, "the group itself was sampled once"
     if is_taken:
         assert not dispatcher.are_scored(["a"])
     else:
@@ -151,23 +151,45 @@ def test_duplicates_of_evaluations_are_no_training_groups() -> None:
     dispatcher = Dispatcher()
     unit = unit_of("e", purpose="evaluate")
     dispatcher.submit([unit])
-    dispatcher.finish_sampling("r0", rollout_of(unit))
+    sample(dispatcher, "r0")
     dispatcher.finish_sampling("r1", rollout_of(unit))
-    assert dispatcher.duplicate_groups == 0
+    assert not dispatcher.dropped
     assert score(dispatcher, "s0") == "e"
     assert dispatcher.lease_scoring("s0") is None
 
 
-def test_the_late_answer_of_a_released_worker_is_taken_once() -> None:
-    dispatcher = submitted("a")
-    unit = dispatcher.lease_sampling("r0")
+def test_only_the_holder_of_a_unit_may_answer() -> None:
+    dispatcher = submitted("a", "b")
+    first = dispatcher.lease_sampling("r0")
     dispatcher.release("r0")
-    dispatcher.finish_sampling("r0", rollout_of(unit))  # before anyone else began
-    assert score(dispatcher, "s0") == "a"
-    if (again := dispatcher.lease_sampling("r1")) is not None:
-        dispatcher.finish_sampling("r1", rollout_of(again))
+    dispatcher.finish_sampling("r0", rollout_of(first))  # before anyone else began
+    assert dispatcher.dropped == {"late": 3}
+    second = dispatcher.lease_sampling("r1")
+    assert second.unit_id == "a"
+    dispatcher.finish_sampling("r1", rollout_of(unit_of("b")))
+    assert dispatcher.dropped == {"late": 6}
     assert dispatcher.lease_scoring("s0") is None
+
+
+def test_a_rewind_forgets_every_unit_and_counts_what_was_generated() -> None:
+    dispatcher = submitted("a", "b", "c", "d", "e")
+    for _ in range(3):
+        sample(dispatcher, "r0")
+    score(dispatcher, "s0")
+    scoring, sampling = dispatcher.lease_scoring("s1"), dispatcher.lease_sampling("r1")
+    assert dispatcher.counts().in_flight == 9
+    dispatcher.rewind()
+    assert dispatcher.dropped == {"rewound": 9}, "one scored, one in scoring, one waiting"
+    assert dispatcher.counts().in_flight == 0
+    dispatcher.finish_sampling("r1", rollout_of(sampling))
+    dispatcher.finish_scoring("s1", scored(scoring))
+    assert dispatcher.dropped == {"rewound": 9, "late": 3}
+    dispatcher.submit([unit_of("a")])  # the same unit again, from the checkpoint's weights
+    assert sample(dispatcher, "r1") == score(dispatcher, "s1") == "a"
     assert len(dispatcher.take(["a"])) == 1
+    assert dispatcher.lease_sampling("r0") is None
+    counts = dispatcher.counts()
+    assert counts.generated == counts.taken + sum(counts.dropped.values()) + counts.in_flight == 15
 
 
 def test_a_rollout_of_another_policy_version_is_refused() -> None:

@@ -1,0 +1,40 @@
+"""Where a run goes on: after an interruption, and after the loss of a role.
+
+Owns the choice of the checkpoint and the patience with losses; what a checkpoint holds is in
+checkpoints.py.
+"""
+
+from rlgen.config.run import RunConfig
+from rlgen.errors import RoleLost
+from rlgen.jobs.recorder import Recorder
+from rlgen.learner.checkpoint import newest_checkpoint
+from rlgen.learner.preflight import resume_key
+
+
+def resumed(config: RunConfig, recorder: Recorder) -> RunConfig:
+    """The configuration with the run's newest checkpoint, if it has one and may use it."""
+    if config.checkpoint.resume_from is not None or config.checkpoint.resume == "never":
+        return config
+    newest = newest_checkpoint(recorder.checkpoint_root, resume_key=resume_key(config))
+    if newest is None:
+        return config
+    recorder.note(f"going on from {newest}; checkpoint.resume=never starts anew")
+    return config.with_values({"checkpoint.resume_from": newest})
+
+
+def after_loss(loss: RoleLost, config: RunConfig, recorder: Recorder) -> RunConfig:
+    """The configuration to go on with after a role was lost.
+
+    Raises:
+        RoleLost: it has happened too often without a finished step in between.
+    """
+    recorder.num_losses += 1
+    if recorder.num_losses > config.cluster.max_restarts:
+        raise RoleLost(
+            f"{loss} This was loss {recorder.num_losses} without a finished step in between, and "
+            f"cluster.max_restarts = {config.cluster.max_restarts}. The last checkpoint is "
+            f"{recorder.last_checkpoint or 'none'}; the same command goes on from it."
+        ) from loss
+    newest = recorder.last_checkpoint or config.checkpoint.resume_from
+    recorder.note(f"{loss} Going on from {newest or 'the start'}.")
+    return config.with_values({"checkpoint.resume_from": newest})
