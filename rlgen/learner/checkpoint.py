@@ -28,6 +28,7 @@ from rlgen.storage import (
 )
 
 MARKER = "COMMIT.json"
+_DEFAULT_SETTINGS = CheckpointConfig()
 _LONGEST_PAUSE_S = 30.0
 _CHUNK_BYTES = 16 * 2**20
 
@@ -51,7 +52,9 @@ def checkpoint_uri(root: str, step: int) -> str:
 
 
 def write_parts(
-    uri: str, parts: Mapping[str, Callable[[], bytes]], settings: CheckpointConfig
+    uri: str,
+    parts: Mapping[str, Callable[[], bytes]],
+    settings: CheckpointConfig = _DEFAULT_SETTINGS,
 ) -> list[Part]:
     """Write files of a checkpoint that is not committed yet.
 
@@ -76,7 +79,7 @@ def commit_checkpoint(
     parts: list[Part],
     *,
     meta: Mapping[str, Any],
-    settings: CheckpointConfig | None = None,
+    settings: CheckpointConfig = _DEFAULT_SETTINGS,
 ) -> None:
     """Write the marker, which makes the parts a checkpoint.
 
@@ -86,7 +89,6 @@ def commit_checkpoint(
     listed = [
         {"name": part.name, "num_bytes": part.num_bytes, "sha256": part.sha256} for part in parts
     ]
-    settings = settings or CheckpointConfig()
     marker = json.dumps({"parts": listed, "meta": meta}, indent=1).encode()
     _persist(uri, MARKER, marker, settings, time.monotonic() + settings.timeout_s)
 

@@ -385,14 +385,14 @@ def test_a_damaged_checkpoint_is_never_judged(
 @pytest.fixture
 def make_checkpoint() -> Callable[[Path], Path]:
     """A committed checkpoint that holds a policy and nothing else."""
-    from rlgen.learner.checkpoint import commit_checkpoint, write_part
+    from rlgen.learner.checkpoint import commit_checkpoint, write_parts
     from rlgen.policies.load import policy_bytes
     from tests.tiny import tiny_policy
 
     def make(root: Path) -> Path:
         uri = root / "step-00001"
-        part = write_part(str(uri), "policy.safetensors", policy_bytes(tiny_policy()))
-        commit_checkpoint(str(uri), [part], meta={})
+        parts = write_parts(str(uri), {"policy.safetensors": lambda: policy_bytes(tiny_policy())})
+        commit_checkpoint(str(uri), parts, meta={})
         return uri
 
     return make

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rlgen.errors import CheckpointError, ConfigError
 from rlgen.jobs.export import main
-from rlgen.learner.checkpoint import commit_checkpoint, write_part
+from rlgen.learner.checkpoint import commit_checkpoint, write_parts
 from rlgen.learner.state_io import POLICY
 from rlgen.nn.public_files import read_public_state, select_state
 from rlgen.nn.weights import save_weights, weight_bytes
@@ -98,7 +98,7 @@ def test_a_run_s_checkpoint_is_exported_and_a_damaged_one_is_not(tmp_path: Path)
     policy = policy_of("llamagen")
     uri = str(tmp_path / "step-00004")
     payload = weight_bytes(policy, kind="llamagen", config=asdict(policy.config))
-    commit_checkpoint(uri, [write_part(uri, POLICY, payload)], meta={})
+    commit_checkpoint(uri, write_parts(uri, {POLICY: lambda: payload}), meta={})
     output = tmp_path / "out.pt"
     main(["--checkpoint", uri, "--output", str(output)])
     assert_same(read_public_state(str(output)), policy)

@@ -7,7 +7,7 @@ from rlgen.config.guard import GuardConfig
 from rlgen.errors import ConfigError
 from rlgen.evaluation.guard import Guard, Judgement
 from rlgen.evaluation.judge import Quality
-from rlgen.learner.checkpoint import commit_checkpoint, prune_checkpoints, write_part
+from rlgen.learner.checkpoint import commit_checkpoint, prune_checkpoints, write_parts
 
 
 def guarded(*rows: tuple[float, float, float], **rules: object) -> Guard:
@@ -86,8 +86,8 @@ def test_impossible_rules_are_refused(word) -> None:
 def test_the_best_checkpoint_is_not_pruned(tmp_path) -> None:
     for step in (0, 20, 40, 60):
         uri = str(tmp_path / f"step-{step:05d}")
-        commit_checkpoint(uri, [write_part(uri, "part", b"x")], meta={})
-    prune_checkpoints(str(tmp_path), keep=1, protected=str(tmp_path / "step-00020"))
+        commit_checkpoint(uri, write_parts(uri, {"part": lambda: b"x"}), meta={})
+    prune_checkpoints(str(tmp_path), keep=1, protected=(str(tmp_path / "step-00020"),))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00020", "step-00060"]
     prune_checkpoints(str(tmp_path), keep=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00060"]
