@@ -160,6 +160,8 @@ class Health:
 
     restarts: dict[str, int]
     """Processes replaced, by role."""
+    recovery_s: dict[str, float]
+    """Seconds from the last time that a loss was noticed to a replacement at work, by role."""
     groups: GroupCounts
 
 

@@ -19,13 +19,21 @@ from typing import Any, Literal
 
 from rlgen.actors.dispatcher import Dispatcher
 from rlgen.actors.heartbeat import Pulse
-from rlgen.errors import RoleLost
+from rlgen.errors import RoleLost, StorageError
+from rlgen.learner.checkpoint import Part
 from rlgen.types import GroupCounts, LearnerBatch, Rollout, ScoredRollout, WorkUnit
 
 LEARNER = "learner-"
 """How the names of learner ranks begin."""
+LIFE = "#"
+"""Between the place of a worker and the number of the replacement."""
 _POLL_S = 5.0
 """Longest wait of one call; the caller asks again, so that a lost caller leaves no trace."""
+
+
+def place_of(worker: str) -> str:
+    """The place that a worker holds: of `rollout-1#3`, the third to hold it, `rollout-1`."""
+    return worker.partition(LIFE)[0]
 
 
 class Stop:
@@ -56,9 +64,12 @@ class Coordinator:
         self._error: BaseException | None = None
         self._is_closed = False
         self._crew: set[str] = set()
+        self._vacant_since: dict[str, float] = {}
+        self._recovery_s: dict[str, float] = {}
         self._lost: set[str] = set()
         self._commands: list[LearnerCommand] = []
         self._answers: dict[tuple[int, int], Any] = {}
+        self._saves: dict[str, list[Part] | StorageError] = {}
         self._attempt = 0
         self._last_beats: dict[Pulse, float] = {}
 
@@ -101,12 +112,15 @@ class Coordinator:
         """Put a lost worker's unit back; its last call may still wait here and gets no other."""
         self._lost.add(worker)
         self._crew.discard(worker)
+        self._vacant_since[place_of(worker)] = time.monotonic()
         self._forget(worker)
         self._dispatcher.release(worker)
         await self._notify()
 
     async def send(self, command: LearnerCommand) -> int:
         """Append a command for the learners; returns its number."""
+        if command.kind == "save":
+            self._saves.clear()
         self._commands.append(command)
         await self._notify()
         return len(self._commands) - 1
@@ -125,6 +139,20 @@ class Coordinator:
         if attempt == self._attempt:
             self._answers[number, rank] = value
             await self._notify()
+
+    async def note_saved(self, attempt: int, uri: str, outcome: list[Part] | StorageError) -> None:
+        """Take what became of the learner's parts of a checkpoint."""
+        if attempt == self._attempt:
+            self._saves[uri] = outcome
+
+    async def learner_saved(self, uri: str) -> list[Part] | None:
+        """The learner's parts of a checkpoint; None while they are being written."""
+        outcome = self._saves.get(uri)
+        if isinstance(outcome, StorageError):
+            raise outcome
+        if outcome is None and self._error is not None:
+            raise self._error
+        return outcome
 
     async def lose_learners(self, attempt: int, reason: str) -> None:
         """Tell the driver that this attempt of the learners is over before its end."""
@@ -181,9 +209,9 @@ class Coordinator:
         """Where the work is, for messages."""
         return self._dispatcher.describe()
 
-    async def group_counts(self) -> GroupCounts:
-        """The ledger of training groups."""
-        return self._dispatcher.counts()
+    async def report(self) -> tuple[GroupCounts, dict[str, float]]:
+        """The ledger of training groups, and how long it took to fill a lost worker's place."""
+        return self._dispatcher.counts(), dict(self._recovery_s)
 
     def _forget(self, prefix: str) -> None:
         self._last_beats = {
@@ -196,6 +224,9 @@ class Coordinator:
         found: list[Any] = []
         if worker not in self._crew and worker not in self._lost:
             self._crew.add(worker)
+            since = self._vacant_since.pop(place_of(worker), None)
+            if since is not None:
+                self._recovery_s[worker.partition("-")[0]] = time.monotonic() - since
             await self._notify()
 
         def try_lease() -> bool:

@@ -39,6 +39,8 @@ class MomentStoreClient:
             max_restarts: how often one call may find the store dead.
         """
         self.restarts = 0
+        self.recovery_s: float | None = None
+        """Seconds that the last revival took."""
         self._make = make
         self._wait = wait
         self._max_restarts = max_restarts
@@ -112,6 +114,7 @@ class MomentStoreClient:
     def _revive(self) -> None:
         """Make the store anew and bring it to the state of the dead one."""
         self.restarts += 1
+        began = time.monotonic()
         deadline = time.monotonic() + _NAME_FREE_S
         while True:
             try:
@@ -126,5 +129,6 @@ class MomentStoreClient:
         try:
             for method, arguments in [("load_state_dict", (self._base,)), *self._journal]:
                 self._wait(getattr(self._actor, method).remote(*arguments))
+            self.recovery_s = time.monotonic() - began
         except RayActorError:
             return  # the call that follows finds it dead

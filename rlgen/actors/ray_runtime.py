@@ -6,6 +6,7 @@ replaced while the step goes on; the loss of the learners, or of an actor beside
 out as RoleLost, and `start` with the newest checkpoint makes what is missing.
 """
 
+import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,7 @@ class RayRuntime:
         self._learners: LearnerGroup | None = None
         self._attempt = 0
         self._restarts: Counter[str] = Counter()
+        self._recovery_s: float | None = None
         self._groups = self._past_groups = GroupCounts()
         try:
             roles = role_resources(config, with_learner=with_learner)
@@ -72,6 +74,7 @@ class RayRuntime:
         """See Runtime; all roles come up side by side."""
         self._config = config
         timeout_s = config.cluster.start_timeout_s
+        began = time.monotonic()
         is_first = self._supervisor is None
         if not is_first:
             self._end_attempt()
@@ -84,6 +87,7 @@ class RayRuntime:
         if self._with_learner:
             # The first answer shows that the learners are up and have published their weights.
             self._command(LearnerCommand("digest"), timeout_s)
+        self._recovery_s = None if is_first else time.monotonic() - began
 
     def submit(self, units: Sequence[WorkUnit]) -> None:
         """See Runtime."""
@@ -117,9 +121,13 @@ class RayRuntime:
             self._supervisor.note_progress()
         return metrics
 
-    def save_learner(self, uri: str) -> list[Part]:
+    def save_learner(self, uri: str) -> None:
         """See Runtime."""
-        return self._command(LearnerCommand("save", uri=uri))
+        self._command(LearnerCommand("save", uri=uri))
+
+    def learner_saved(self, uri: str) -> list[Part] | None:
+        """See Runtime."""
+        return self._get(self._coordinator.learner_saved.remote(uri), "the coordinator")
 
     def moment_state(self) -> dict[str, Any]:
         """See Runtime."""
@@ -139,9 +147,12 @@ class RayRuntime:
         roles = dict.fromkeys(("rollout", "reward"), 0) | restarts
         if self._with_learner:
             roles |= {"moment_store": self._store.restarts, "learner": self._attempt}
-        now: GroupCounts = self._get(self._coordinator.group_counts.remote(), "the coordinator")
-        self._groups = now
-        return Health(roles, self._past_groups + now)
+        self._groups, recovery_s = self._get(self._coordinator.report.remote(), "the coordinator")
+        if self._with_learner and self._store.recovery_s is not None:
+            recovery_s["moment_store"] = self._store.recovery_s
+        if self._recovery_s is not None:
+            recovery_s["learner"] = self._recovery_s
+        return Health(roles, recovery_s, self._past_groups + self._groups)
 
     def close(self) -> None:
         """Send everyone home and disconnect."""

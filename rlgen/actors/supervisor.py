@@ -13,11 +13,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from rlgen.actors.coordinator import LIFE, place_of
 from rlgen.errors import RlgenError
 
 _WATCH_S = 0.2
-_LIFE = "#"
-"""Between the place of a worker and the number of the replacement, as in rollout-1#3."""
 
 
 class Supervisor:
@@ -100,7 +99,7 @@ class Supervisor:
                 return
 
     def _replace(self, role: str, name: str) -> None:
-        place = name.partition(_LIFE)[0]
+        place = place_of(name)
         self._deaths[place] += 1
         if self._deaths[place] > self._max_restarts:
             self._coordinator.fail.remote(
@@ -115,7 +114,7 @@ class Supervisor:
         ray.get(self._coordinator.release.remote(name))
         ray.kill(self._actors.pop(name))
         # A new name: the coordinator gives nothing more to the old one.
-        self._start(role, f"{place}{_LIFE}{self.restarts[role]}")
+        self._start(role, f"{place}{LIFE}{self.restarts[role]}")
 
     def _start(self, role: str, name: str) -> None:
         self._actors[name] = self._makers[role](name)

@@ -130,6 +130,7 @@ class Recorder:
         self._ledger.trained += len(rewards.advantages_B) // self.config.rollout.group_size
         self._ledger.see(health.groups)
         restarts = {f"restarts/{role}": float(n) for role, n in health.restarts.items()}
+        restarts |= {f"recovery/{role}_s": seconds for role, seconds in health.recovery_s.items()}
         means = {f"reward/{name}": float(v.mean()) for name, v in rewards.rewards.items()}
         work = {
             "time/sampling_s": sum(item.rollout.sampling_s for item in scored),
@@ -203,6 +204,14 @@ class Recorder:
         write_bytes(str(self.folder / "config.yaml"), dump_yaml(unresumed).encode())
         if self._tracker is not None:
             self._tracker.log_artifact(self.folder / "config.yaml")
+
+    def log_metrics(self, step: int, row: dict[str, float]) -> None:
+        """Take in numbers from beside the steps; any thread may call it."""
+        self._write(step, row)
+
+    def wait_for_run_id(self, timeout_s: float) -> str | None:
+        """MLflow's id of the run, for which MLflow must have answered."""
+        return None if self._tracker is None else self._tracker.wait_for_run_id(timeout_s)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold so that a resumed run reports as one."""

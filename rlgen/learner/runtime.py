@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from rlgen.config.run import RunConfig
+from rlgen.errors import StorageError
 from rlgen.learner.checkpoint import Part
 from rlgen.learner.learner import Learner
-from rlgen.learner.state_io import restore_learner, save_learner
+from rlgen.learner.state_io import LearnerSaver, SaveOutcome, restore_learner
 from rlgen.nn.flat import pack_weights
 from rlgen.nn.weights import state_sha256
 from rlgen.policies.load import load_policy
@@ -58,8 +59,18 @@ class Runtime(Protocol):
     def learn(self, batch: LearnerBatch) -> dict[str, float]:
         """Update the policy and publish version step + 1 to the samplers."""
 
-    def save_learner(self, uri: str) -> list[Part]:
-        """Write the learner's parts of a checkpoint."""
+    def save_learner(self, uri: str) -> None:
+        """Copy the learner's state and begin to write it; returns when the copy is made."""
+
+    def learner_saved(self, uri: str) -> list[Part] | None:
+        """The learner's parts of a checkpoint; None while they are being written.
+
+        May be called from another thread.
+
+        Raises:
+            StorageError: they can't be written.
+            RoleLost: no one writes them any more.
+        """
 
     def moment_state(self) -> dict[str, Any]:
         """The moment store's part of a checkpoint."""
@@ -98,6 +109,8 @@ class LocalRuntime:
         )
         self._engine = RewardEngine.load(config, device=device)
         self._scored: dict[str, ScoredRollout] = {}
+        self._saves: dict[str, SaveOutcome] = {}
+        self._saver = LearnerSaver(self._saves.__setitem__)
         self._counts = GroupCounts()
 
     def start(self, config: RunConfig) -> None:
@@ -139,9 +152,17 @@ class LocalRuntime:
         self._publish()
         return metrics
 
-    def save_learner(self, uri: str) -> list[Part]:
+    def save_learner(self, uri: str) -> None:
         """See Runtime."""
-        return save_learner(self._learner, uri)
+        self._saves.clear()
+        self._saver.start(self._learner, uri)
+
+    def learner_saved(self, uri: str) -> list[Part] | None:
+        """See Runtime."""
+        outcome = self._saves.get(uri)
+        if isinstance(outcome, StorageError):
+            raise outcome
+        return outcome
 
     def moment_state(self) -> dict[str, Any]:
         """See Runtime."""
@@ -157,7 +178,7 @@ class LocalRuntime:
 
     def health(self) -> Health:
         """Nothing restarts in one process, and nothing is dropped but by a new start."""
-        return Health({}, self._counts)
+        return Health({}, {}, self._counts)
 
     def close(self) -> None:
         """Nothing to let go of."""
