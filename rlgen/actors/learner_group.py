@@ -22,7 +22,7 @@ from rlgen.actors.heartbeat import start_beating
 from rlgen.config.run import RunConfig
 from rlgen.errors import RlgenError
 from rlgen.learner.learner import Learner
-from rlgen.learner.state_io import restore_learner, save_learner
+from rlgen.learner.state_io import LearnerSaver, SaveOutcome, restore_learner
 from rlgen.nn.flat import pack_weights
 from rlgen.nn.weights import state_sha256
 from rlgen.policies.load import load_policy
@@ -41,6 +41,11 @@ def learner_loop(settings: dict[str, Any]) -> None:
         restore_learner(learner, resume_from)
     start_beating(coordinator, f"{LEARNER}{attempt}-{rank}")
     _publish(learner, weights, rank)
+
+    def note_saved(uri: str, outcome: SaveOutcome) -> None:
+        ray.get(coordinator.note_saved.remote(attempt, uri, outcome))
+
+    saver = LearnerSaver(note_saved)
     number = 0
     while True:
         command = ray.get(coordinator.next_command.remote(attempt, rank, number))
@@ -50,6 +55,8 @@ def learner_loop(settings: dict[str, Any]) -> None:
             return
         try:
             answer = _obey(command, learner, weights, rank)
+            if command.kind == "save":
+                saver.start(learner, command.uri, is_writer=rank == 0)
         except RlgenError as error:
             ray.get(coordinator.fail.remote(error))
             raise
@@ -64,7 +71,7 @@ def _obey(command: LearnerCommand, learner: Learner, weights: Any, rank: int) ->
         return metrics
     if command.kind == "digest":
         return state_sha256(learner.policy_state()) if rank == 0 else None
-    return save_learner(learner, command.uri) if rank == 0 else None
+    return None
 
 
 def _publish(learner: Learner, weights: Any, rank: int) -> None:

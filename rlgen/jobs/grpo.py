@@ -20,9 +20,13 @@ from rlgen.jobs.cli import Request, parse_request, run_job
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import; --dry-run must not
     from rlgen.evaluation.evaluator import UnitRunner
+    from rlgen.jobs.checkpoints import RunCheckpoints
     from rlgen.jobs.recorder import Recorder
     from rlgen.learner.runtime import Runtime
     from rlgen.types import ScoredRollout, WorkUnit
+
+_LAST_CHANCE_S = 10.0
+"""For the checkpoint that is being written when a run fails."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +48,7 @@ def run(request: Request) -> int:
     given again, or that a role was lost in the middle of it.
     """
     from rlgen.errors import RoleLost
+    from rlgen.jobs.checkpoints import RunCheckpoints
     from rlgen.jobs.guarding import Rollback
     from rlgen.jobs.prepare import make_runtime, prepare_inputs
     from rlgen.jobs.recorder import Recorder
@@ -51,28 +56,34 @@ def run(request: Request) -> int:
     from rlgen.jobs.stopping import stop_on_signals
 
     with Recorder(request.config, output=request.output) as recorder:
-        config = resumed(prepare_inputs(request.config, recorder), recorder)
-        recorder.open(config)
-        runtime = make_runtime(config, recorder)
-        try:
-            with stop_on_signals(recorder):
-                while True:
-                    try:
-                        train(config, runtime, recorder)
-                        return 0
-                    except Rollback as rollback:
-                        config = rollback.config
-                        recorder.roll_back(config)
-                    except RoleLost as loss:
-                        config = after_loss(loss, config, recorder)
-        finally:
-            runtime.close()
+        config = prepare_inputs(request.config, recorder)
+        with RunCheckpoints(request.config, recorder) as checkpoints:
+            config = resumed(config, request.config, recorder)
+            recorder.open(config)
+            runtime = make_runtime(config, recorder)
+            try:
+                with stop_on_signals(recorder):
+                    while True:
+                        try:
+                            train(config, runtime, recorder, checkpoints)
+                            return 0
+                        except Rollback as rollback:
+                            config = rollback.config
+                            recorder.roll_back(config)
+                        except RoleLost as loss:
+                            checkpoints.let_go(timeout_s=_LAST_CHANCE_S)
+                            config = after_loss(loss, config, recorder)
+            finally:
+                checkpoints.let_go(timeout_s=_LAST_CHANCE_S)
+                runtime.close()
 
 
-def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
+def train(
+    config: RunConfig, runtime: "Runtime", recorder: "Recorder", checkpoints: "RunCheckpoints"
+) -> None:
     """The run itself, on roles that are placed but not started."""
     from rlgen.evaluation.evaluator import Evaluator
-    from rlgen.jobs.checkpoints import restore_run, save_run
+    from rlgen.jobs.checkpoints import restore_run
     from rlgen.jobs.guarding import act_on, keep_best
     from rlgen.jobs.stopwatch import Stopwatch
     from rlgen.learner.batch import learner_batch, pooled
@@ -85,7 +96,7 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
         recorder.begin(evaluator.sweep(0))
         recorder.log_bootstrap(bootstrap_moments(config, runtime))
         first_step = 0
-        save_run(config, runtime, recorder, first_step)
+        checkpoints.save(config, runtime, first_step)
     else:
         first_step = restore_run(config, runtime, recorder)
 
@@ -99,11 +110,11 @@ def train(config: RunConfig, runtime: "Runtime", recorder: "Recorder") -> None:
         recorder.log_step(step, scored, rewards, metrics | watch.metrics(), runtime.health())
         if is_judged(step + 1, config):
             broken = recorder.log_evaluation(step + 1, *evaluator.evaluate(step + 1))
-            act_on(broken, config, runtime, recorder, step + 1)
-            keep_best(config, runtime, recorder, step + 1)
+            act_on(broken, config, runtime, recorder, checkpoints, step + 1)
+            keep_best(config, runtime, recorder, checkpoints, step + 1)
         is_last = step + 1 == config.steps or recorder.is_stopping
         if is_due(step + 1, config.checkpoint.every_steps) or is_last:
-            save_run(config, runtime, recorder, step + 1)
+            checkpoints.save(config, runtime, step + 1, must_commit=is_last)
         recorder.stop_if_asked()
         watch = Stopwatch()
 

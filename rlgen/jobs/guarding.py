@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rlgen.config.run import RunConfig
 from rlgen.errors import GuardError
-from rlgen.jobs.checkpoints import save_run
+from rlgen.jobs.checkpoints import RunCheckpoints
 from rlgen.jobs.recorder import Recorder
 from rlgen.learner.checkpoint import checkpoint_uri
 from rlgen.learner.runtime import Runtime
@@ -22,7 +22,12 @@ class Rollback(Exception):
 
 
 def act_on(
-    broken: Sequence[str], config: RunConfig, runtime: Runtime, recorder: Recorder, step: int
+    broken: Sequence[str],
+    config: RunConfig,
+    runtime: Runtime,
+    recorder: Recorder,
+    checkpoints: RunCheckpoints,
+    step: int,
 ) -> None:
     """Do what the configuration says about broken rules; nothing if there are none.
 
@@ -32,13 +37,14 @@ def act_on(
     """
     if not broken or config.guard.action == "alarm":
         return
-    best = recorder.best_checkpoint
+    best = checkpoints.committed(recorder.best_checkpoint)
     is_spent = recorder.num_rollbacks >= config.guard.max_rollbacks
     if config.guard.action == "rollback" and best is not None and not is_spent:
         lr = config.learner.lr * config.guard.rollback_lr_factor
         recorder.note(f"rolling back to {best} with learner.lr = {lr:g}")
+        checkpoints.forget_after(best)
         raise Rollback(config.with_values({"checkpoint.resume_from": best, "learner.lr": lr}))
-    save_run(config, runtime, recorder, step)
+    checkpoints.save(config, runtime, step, must_commit=True)
     rolled = f" after {recorder.num_rollbacks} rollbacks" if is_spent else ""
     raise GuardError(
         f"the guard ended the run at step {step}{rolled}: {'; '.join(broken)}. The best judge FID "
@@ -48,8 +54,14 @@ def act_on(
     )
 
 
-def keep_best(config: RunConfig, runtime: Runtime, recorder: Recorder, step: int) -> None:
+def keep_best(
+    config: RunConfig,
+    runtime: Runtime,
+    recorder: Recorder,
+    checkpoints: RunCheckpoints,
+    step: int,
+) -> None:
     """Save the policy that was judged best, if a rollback may want it."""
     is_saved_anyway = step % config.checkpoint.every_steps == 0
     if config.guard.action == "rollback" and recorder.best_step == step and not is_saved_anyway:
-        save_run(config, runtime, recorder, step)
+        checkpoints.save(config, runtime, step)

@@ -6,20 +6,27 @@ checkpoints.py.
 
 from rlgen.config.run import RunConfig
 from rlgen.errors import RoleLost
+from rlgen.jobs.checkpoints import resumed_config
 from rlgen.jobs.recorder import Recorder
 from rlgen.learner.checkpoint import newest_checkpoint
 from rlgen.learner.preflight import resume_key
 
 
-def resumed(config: RunConfig, recorder: Recorder) -> RunConfig:
-    """The configuration with the run's newest checkpoint, if it has one and may use it."""
+def resumed(config: RunConfig, asked: RunConfig, recorder: Recorder) -> RunConfig:
+    """The configuration with the run's newest checkpoint, if it has one and may use it.
+
+    Args:
+        config: with real paths in place of `embedded`.
+        asked: as the user gave it, by which the run is known on any machine.
+        recorder: knows where checkpoints are.
+    """
     if config.checkpoint.resume_from is not None or config.checkpoint.resume == "never":
         return config
-    newest = newest_checkpoint(recorder.checkpoint_root, resume_key=resume_key(config))
+    newest = newest_checkpoint(recorder.checkpoint_root, resume_key=resume_key(asked))
     if newest is None:
         return config
     recorder.note(f"going on from {newest}; checkpoint.resume=never starts anew")
-    return config.with_values({"checkpoint.resume_from": newest})
+    return resumed_config(config, newest)
 
 
 def after_loss(loss: RoleLost, config: RunConfig, recorder: Recorder) -> RunConfig:

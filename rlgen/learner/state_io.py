@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from rlgen.config.run import CheckpointConfig
 from rlgen.errors import CheckpointError, StorageError
 from rlgen.learner.checkpoint import Part, read_part, write_parts
 from rlgen.learner.learner import Learner
@@ -24,6 +25,9 @@ POLICY = "policy.safetensors"
 LEARNER = "learner.pt"
 MOMENTS = "moments.pt"
 
+SaveOutcome = list[Part] | StorageError
+"""The learner's parts of a checkpoint, or why they could not be written."""
+
 
 class LearnerSaver:
     """Writes the learner's parts of a checkpoint from a thread, while the learner goes on.
@@ -31,50 +35,61 @@ class LearnerSaver:
     At most one write is in flight, so that at most one copy of the weights is held.
     """
 
-    def __init__(self) -> None:
-        self._uri = ""
-        self._writing: Future[list[Part]] | None = None
+    def __init__(self, tell: Callable[[str, SaveOutcome], None]) -> None:
+        """Write nothing yet.
 
-    def start(self, learner: Learner, uri: str) -> None:
+        Args:
+            tell: called with the URI and what became of it, by the thread.
+        """
+        self._tell = tell
+        self._uri = ""
+        self._writing: Future[None] | None = None
+
+    def start(self, learner: Learner, uri: str, *, is_writer: bool = True) -> None:
         """Copy the state to host memory, and begin to write it.
 
-        Raises:
-            StorageError: the write before is still going on.
+        Args:
+            learner: every rank's, because shards are gathered.
+            uri: the checkpoint's folder.
+            is_writer: True on rank 0 alone.
         """
         if self._writing is not None and not self._writing.done():
-            raise StorageError(
-                f"{without_credentials(self._uri)} is still being written; save less often "
-                "(checkpoint.every_steps), or find out why the storage is slow."
+            reason = f"{without_credentials(self._uri)} is still being written."
+            self._tell(uri, StorageError(reason))
+            return
+        parts = snapshot_learner(learner, is_kept=is_writer)
+        if is_writer:
+            settings = learner.config.checkpoint
+            self._uri = uri
+            self._writing = in_background(
+                lambda: self._write(uri, parts, settings), name="checkpoint-learner"
             )
-        parts = snapshot_learner(learner)
-        settings = learner.config.checkpoint
-        self._uri = uri
-        self._writing = in_background(
-            lambda: write_parts(uri, parts, settings), name="checkpoint-learner"
-        )
 
-    def saved(self, uri: str) -> list[Part] | None:
-        """What was written there; None while it is being written.
-
-        Raises:
-            StorageError: it can't be written.
-        """
-        assert self._writing is not None and uri == self._uri, "start comes first"
-        return self._writing.result() if self._writing.done() else None
+    def _write(
+        self, uri: str, parts: Mapping[str, Callable[[], bytes]], settings: CheckpointConfig
+    ) -> None:
+        try:
+            outcome: SaveOutcome = write_parts(uri, parts, settings)
+        except StorageError as error:
+            outcome = error
+        except Exception as error:  # the thread's boundary: the driver waits for an outcome
+            outcome = StorageError(f"the learner's state can't be serialised ({error!r}).")
+        self._tell(uri, outcome)
 
 
-def save_learner(learner: Learner, uri: str) -> list[Part]:
-    """Write the learner's parts, while the learner waits."""
-    return write_parts(uri, snapshot_learner(learner), learner.config.checkpoint)
-
-
-def snapshot_learner(learner: Learner) -> dict[str, Callable[[], bytes]]:
+def snapshot_learner(learner: Learner, *, is_kept: bool = True) -> dict[str, Callable[[], bytes]]:
     """Copy the learner to host memory: by file name, what serialises that file.
 
     The policy file is a base for another run.
+
+    Args:
+        learner: every rank's, because shards are gathered.
+        is_kept: False gathers only.
     """
-    policy, weights = learner.policy, copy_to_host(learner.policy_state())
-    state = copy_to_host(learner.state_dict())
+    policy, weights, state = learner.policy, learner.policy_state(), learner.state_dict()
+    if not is_kept:
+        return {}
+    weights, state = copy_to_host(weights), copy_to_host(state)
     return {
         POLICY: lambda: policy_bytes(policy, weights),
         LEARNER: lambda: dump_state(state),

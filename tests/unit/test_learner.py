@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from rlgen.config import RunConfig
 from rlgen.errors import CheckpointError, NumericsError
 from rlgen.learner.batch import split_batch
-from rlgen.learner.checkpoint import commit_checkpoint
+from rlgen.learner.checkpoint import commit_checkpoint, write_parts
 from rlgen.learner.learner import Learner
-from rlgen.learner.state_io import parse_state, restore_learner, save_learner
+from rlgen.learner.state_io import parse_state, restore_learner, snapshot_learner
 from rlgen.nn.weights import state_sha256
 from rlgen.types import LearnerBatch
 from tests.tiny import CPU, sampled_batch, tiny_config, tiny_policy
@@ -368,7 +368,7 @@ def test_two_steps_and_resume_end_like_an_uninterrupted_run_to_the_last_bit(sett
     first = learner_for(config)
     run_steps(first, config, range(2))
     uri = f"memory://test-learner/{len(settings)}/step-00002"
-    commit_checkpoint(uri, save_learner(first, uri), meta={})
+    commit_checkpoint(uri, write_parts(uri, snapshot_learner(first)), meta={})
     resumed = learner_for(config, seed=9)  # every weight must come from the checkpoint
     restore_learner(resumed, uri)
     assert resumed.policy_version == 2

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rlgen.config import load_config
 from rlgen.errors import CheckpointError, ConfigError
-from rlgen.learner.checkpoint import commit_checkpoint
+from rlgen.learner.checkpoint import commit_checkpoint, write_parts
 from rlgen.learner.learner import Learner
-from rlgen.learner.state_io import restore_learner, save_learner
+from rlgen.learner.state_io import restore_learner, snapshot_learner
 from rlgen.nn.lora import LowRank, adapter_state, add_lora, lora_disabled, merged_state
 from rlgen.nn.weights import state_sha256
 from rlgen.policies.llamagen import LlamaGen
@@ -109,7 +109,7 @@ def test_resumed_with_adapters_ends_like_an_uninterrupted_run_to_the_last_bit(tm
     part = Learner(tiny_policy(), config, device=CPU)
     steps(part, 0, 2)
     uri = str(tmp_path / "step-00002")
-    commit_checkpoint(uri, save_learner(part, uri), meta={})
+    commit_checkpoint(uri, write_parts(uri, snapshot_learner(part)), meta={})
     resumed = Learner(tiny_policy(), config, device=CPU)
     restore_learner(resumed, uri)
     steps(resumed, 2, 4)
