@@ -29,6 +29,9 @@ class GrpoConfig(Section):
     """Decay per step of an `ema` reference."""
     inner_epochs: PositiveInt = 1
     """Optimiser steps on each batch."""
+    importance_cap: Annotated[float, Field(ge=1.0)] = 2.0
+    """What an older policy sampled counts min(p_before / p_sampler, this) times, p_before being
+    the policy before the update; only with `max_policy_lag` of 1 or more."""
     ratio_tolerance: Positive = 1e-4
     """Largest |ratio - 1| allowed at the first update, when policy and sampler are equal; in
     bfloat16 the gap is only measured."""
@@ -81,12 +84,18 @@ class LearnerConfig(Section):
 
     num_workers: PositiveInt = 1
     """Learner ranks; the loss does not depend on it."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """What a rank of several holds: `ddp` the whole policy, reference and optimiser, `fsdp` (FSDP2)
+    a share of each, for policies that are too large for one device."""
     threads: PositiveInt = 1
     """CPU threads of each rank."""
     num_cpus: NonNegative = 0.25
     """CPUs that Ray sets aside for each rank."""
     num_gpus: NonNegative = 0.0
     """GPUs for each rank."""
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes for the ranks and the moment store, which hold the run's state, such as
+    `ray.io/market-type: on-demand`."""
     dtype: Dtype = "float32"
     """Number format of the arithmetic; weights and optimiser stay float32."""
     lora: LoraConfig | None = None

@@ -3,7 +3,7 @@
 Shapes: B images, L image tokens. All log-probs are nats of the drawn tokens. Means over tokens are
 weighted with weights_L, whose own mean is 1; None weighs all tokens alike.
 Source: arXiv:2402.03300 (GRPO), arXiv:1707.06347 (clipping); the sequence ratio follows
-arXiv:2507.18071.
+arXiv:2507.18071, the split of a stale ratio into a clipped and a truncated one arXiv:2110.00641.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How often each token, or image, would count under the policy before the update."""
+
+    weights: Tensor
+    """[B, L] (token) or [B, 1] (sequence), detached, at most the cap."""
+    truncated: Tensor
+    """bool, where the cap holds."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +36,55 @@ class Surrogate:
     """bool, where the clipped branch is the active one."""
 
 
+def importance_weights(
+    proximal_logprobs_BL: Tensor,
+    rollout_logprobs_BL: Tensor,
+    *,
+    ratio: Literal["token", "sequence"],
+    cap: float,
+    weights_L: Tensor | None = None,
+) -> Importance:
+    """min(p_proximal / p_rollout, cap): corrects for samples of an older policy.
+
+    Args:
+        proximal_logprobs_BL: under the policy before the update.
+        rollout_logprobs_BL: under the policy that sampled.
+        ratio: "token": of each token; "sequence": exp of the mean difference.
+        cap: at least 1; bounds the variance.
+        weights_L: float32, of the tokens in a sequence's mean.
+    Source: truncation arXiv:1802.01561, section 4.1.
+    """
+    difference = (proximal_logprobs_BL - rollout_logprobs_BL).detach()
+    if ratio == "sequence":
+        difference = token_mean(difference, weights_L)[:, None]
+    ratios = difference.exp()
+    return Importance(weights=ratios.clamp(max=cap), truncated=ratios > cap)
+
+
 def clipped_surrogate(
     logprobs_BL: Tensor,
-    rollout_logprobs_BL: Tensor,
+    proximal_logprobs_BL: Tensor,
     advantages_B: Tensor,
     *,
     ratio: Literal["token", "sequence"],
     clip_low: float,
     clip_high: float,
     weights_L: Tensor | None = None,
+    importance: Importance | None = None,
 ) -> Surrogate:
-    """-min(r A, clip(r) A), with one ratio per token or per image.
+    """-w min(r A, clip(r) A), with one ratio and one weight per token or per image.
 
     Args:
         logprobs_BL: under the policy that is trained; carries the gradient.
-        rollout_logprobs_BL: under the policy that sampled.
+        proximal_logprobs_BL: under the policy before the update; on policy that is the sampler's.
         advantages_B: float32.
         ratio: "token": exp(new - old) of each token; "sequence": exp of the mean difference.
         clip_low: ratios under 1 - clip_low gain nothing.
         clip_high: ratios over 1 + clip_high gain nothing.
         weights_L: float32, of the tokens.
+        importance: w, of the same `ratio`; None is 1 for all.
     """
-    difference = logprobs_BL - rollout_logprobs_BL
+    difference = logprobs_BL - proximal_logprobs_BL
     if ratio == "sequence":
         difference = token_mean(difference, weights_L)[:, None]
         weights_L = None
@@ -55,8 +92,11 @@ def clipped_surrogate(
     advantages = advantages_B[:, None]
     free = ratios * advantages
     limited = ratios.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
+    gain = torch.minimum(free, limited)
+    if importance is not None:
+        gain = gain * importance.weights
     return Surrogate(
-        loss_B=-token_mean(torch.minimum(free, limited), weights_L),
+        loss_B=-token_mean(gain, weights_L),
         ratio=ratios.detach(),
         clipped=(limited < free).detach(),
     )

@@ -7,26 +7,54 @@ Shapes: B images of this rank, L image tokens.
 """
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from rlgen.config.run import RunConfig
 from rlgen.errors import CheckpointError, NumericsError
 from rlgen.grpo.entropy import EntropyController
-from rlgen.grpo.loss import block_weights, clipped_surrogate, k3_divergence, token_mean
+from rlgen.grpo.loss import (
+    block_weights,
+    clipped_surrogate,
+    importance_weights,
+    k3_divergence,
+    token_mean,
+)
+from rlgen.learner.ratio_gate import check_ratio
+from rlgen.learner.sharding import (
+    cut,
+    cut_optimizer,
+    gathered,
+    limit_gradients,
+    send_gradients,
+    spread,
+)
 from rlgen.learner.totals import Totals
 from rlgen.nn.lora import adapter_state, add_lora, lora_disabled, merged_state
 from rlgen.nn.precision import autocast
-from rlgen.sampling.scoring import Forward, score_tokens
+from rlgen.nn.weights import load_state
+from rlgen.sampling.scoring import score_tokens
 from rlgen.sampling.units import training_settings
 from rlgen.types import LearnerBatch
 
-_LARGEST_MEAN_GAP = 0.1
-"""In bfloat16: nats a token, far above rounding and far below another distribution."""
+
+@dataclass
+class _MicroBatch:
+    """Some images of this rank."""
+
+    class_ids_B: Tensor
+    tokens_BL: Tensor
+    rollout_logprobs_BL: Tensor
+    advantages_B: Tensor
+    ref_logprobs_BL: Tensor | None = None
+    """None without a KL."""
+    proximal_logprobs_BL: Tensor | None = None
+    """Under the policy before the update, where an older one sampled; the first pass finds it."""
 
 
 class Learner:
@@ -36,7 +64,8 @@ class Learner:
         """Take over a policy module.
 
         Args:
-            policy: an nn.Module that follows the Policy protocol, already on the device.
+            policy: an nn.Module that follows the Policy protocol, already on the device; the same
+                on every rank.
             config: the run.
             device: where batches go.
         """
@@ -56,16 +85,17 @@ class Learner:
         policy.gradient_checkpointing = config.learner.gradient_checkpointing
         weights_L = block_weights(policy.block_sizes, config.grpo.scale_weight_alpha)
         self._weights_L = None if weights_L is None else weights_L.to(device)
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        sharding, dtype = config.learner.sharding, config.learner.dtype
+        self._wrapped = spread(policy, sharding=sharding, dtype=dtype, device=device)
+        if self.reference is not None:
+            spread(self.reference, sharding=sharding, dtype=dtype, device=device)
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=config.learner.lr,
             betas=(config.learner.beta1, config.learner.beta2),
             weight_decay=config.learner.weight_decay,
         )
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self._wrapped: nn.Module = policy
-        if self.world_size > 1:
-            self._wrapped = DistributedDataParallel(policy)
 
     def update(self, batch: LearnerBatch) -> dict[str, float]:
         """Run the inner epochs on one step's batch; the policy version becomes step + 1.
@@ -78,38 +108,21 @@ class Learner:
             NumericsError: the ratio gate, or a loss or gradient that is not finite. The policy
                 is then as it was before the optimiser step that failed.
         """
-        class_ids, tokens, rollout_logprobs, advantages = (
-            torch.from_numpy(array).to(self.device)
-            for array in (
-                batch.class_ids_B,
-                batch.tokens_BL.astype("int64"),
-                batch.rollout_logprobs_BL,
-                batch.advantages_B,
-            )
-        )
-        pieces = list(
-            zip(
-                *(
-                    x.split(self.config.learner.micro_batch_size)
-                    for x in (class_ids, tokens, rollout_logprobs, advantages)
-                ),
-                strict=True,
-            )
-        )
-        references = [self._reference_logprobs(piece[0], piece[1]) for piece in pieces]
+        pieces = self._micro_batches(batch)
+        is_stale = batch.policy_version < self.policy_version
         coef = self.entropy.coefficient(
             self.config.entropy, step=batch.step, num_steps=self.config.steps
         )
         metrics: dict[str, float] = {}
         for epoch in range(self.config.grpo.inner_epochs):
             totals = self._accumulate_gradients(
-                pieces, references, coef, num_images=batch.num_images_total
+                pieces, coef, num_images=batch.num_images_total, is_stale=is_stale
             )
             epoch_metrics = totals.reduced(batch.num_images_total)
             if epoch == 0:
                 metrics = epoch_metrics
                 if not self._gate_is_open and batch.policy_version == self.policy_version:
-                    self._check_ratio_gate(metrics)
+                    self._pass_gate(metrics)
             metrics["policy/grad_norm"] = self._step_optimizer(batch.step)
             metrics["policy/ratio_clipped_frac"] = epoch_metrics["policy/ratio_clipped_frac"]
         self.entropy = self.entropy.observed(
@@ -123,12 +136,30 @@ class Learner:
         return metrics
 
     def policy_state(self) -> dict[str, Tensor]:
-        """The policy's weights under its public names, LoRA merged in."""
-        return merged_state(self.policy)
+        """The policy's weights under its public names, LoRA merged in.
+
+        Every rank must call it. Under fsdp it is whole on rank 0, on the CPU, and {} elsewhere.
+        """
+        return gathered(merged_state(self.policy))
+
+    def load_policy_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Take over whole weights, the same on every rank.
+
+        Args:
+            state: what policy_state gave; without LoRA, whose base and adapters it can't tell.
+            source: where it came from, for the message.
+        Raises:
+            CheckpointError: the tensors don't fit.
+        """
+        load_state(self.policy, cut(state, self.policy.state_dict()), source)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the policy's weights: optimiser, controller, version, EMA reference;
-        with LoRA the adapters, as the merged weights can't be taken apart."""
+        with LoRA the adapters, as the merged weights can't be taken apart.
+
+        Every rank must call it. Its tensors are whole, for any number of ranks and either kind of
+        sharding; under fsdp they are on rank 0, on the CPU, and other ranks get {}.
+        """
         state: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "policy_version": self.policy_version,
@@ -138,10 +169,10 @@ class Learner:
             state["reference"] = self.reference.state_dict()
         if self.config.learner.lora is not None:
             state["lora"] = adapter_state(self.policy)
-        return state
+        return gathered(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what state_dict gave; the policy's weights are loaded apart.
+        """Restore what state_dict gave on rank 0; the policy's weights are loaded apart.
 
         Raises:
             CheckpointError: the state belongs to another configuration.
@@ -157,66 +188,97 @@ class Learner:
                 f"the checkpoint was written {'with' if 'lora' in state else 'without'} LoRA and "
                 f"learner.lora = {self.config.learner.lora}; resume with the run's own setting."
             )
-        self.policy.load_state_dict(state.get("lora", {}), strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
+        adapters = cut(state.get("lora", {}), self.policy.state_dict())
+        self.policy.load_state_dict(adapters, strict=False)
+        self.optimizer.load_state_dict(cut_optimizer(state["optimizer"], self.optimizer))
         self.policy_version = int(state["policy_version"])
         self.entropy = EntropyController(state["mean_entropy"])
         if self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
+            self.reference.load_state_dict(cut(state["reference"], self.reference.state_dict()))
 
-    def _reference_logprobs(self, class_ids_B: Tensor, tokens_BL: Tensor) -> Tensor | None:
-        if self.config.grpo.kl_coef == 0:
-            return None
+    def _micro_batches(self, batch: LearnerBatch) -> list[_MicroBatch]:
+        tensors = (
+            torch.from_numpy(array).to(self.device).split(self.config.learner.micro_batch_size)
+            for array in (
+                batch.class_ids_B,
+                batch.tokens_BL.astype("int64"),
+                batch.rollout_logprobs_BL,
+                batch.advantages_B,
+            )
+        )
+        pieces = [_MicroBatch(*piece) for piece in zip(*tensors, strict=True)]
+        if self.config.grpo.kl_coef > 0:
+            for piece in pieces:
+                piece.ref_logprobs_BL = self._reference_logprobs(piece)
+        return pieces
+
+    def _reference_logprobs(self, piece: _MicroBatch) -> Tensor:
+        inputs = (piece.class_ids_B, piece.tokens_BL, self.settings)
         with torch.no_grad(), autocast(self.device, self.config.learner.dtype):
             if self.reference is not None:
-                return score_tokens(self.reference, class_ids_B, tokens_BL, self.settings)[0]
+                return score_tokens(self.reference, *inputs, forward=self.reference)[0]
             with lora_disabled(self.policy):  # the frozen weights are the base
-                return score_tokens(self.policy, class_ids_B, tokens_BL, self.settings)[0]
+                return score_tokens(self.policy, *inputs, forward=self.policy)[0]
 
     def _accumulate_gradients(
         self,
-        pieces: list[tuple[Tensor, ...]],
-        references: list[Tensor | None],
+        pieces: list[_MicroBatch],
         entropy_coef: float,
         *,
         num_images: int,
+        is_stale: bool,
     ) -> Totals:
         grpo = self.config.grpo
         totals = Totals(self.device)
-        forward: Forward = self._wrapped
-        for index, (piece, reference) in enumerate(zip(pieces, references, strict=True)):
-            class_ids, tokens, rollout_logprobs, advantages = piece
-            if isinstance(self._wrapped, DistributedDataParallel):
-                # Gradients travel once, with the last micro-batch.
-                self._wrapped.require_backward_grad_sync = index == len(pieces) - 1
+        for index, piece in enumerate(pieces):
+            send_gradients(self._wrapped, is_last=index == len(pieces) - 1)
+            rollout_logprobs = proximal = piece.rollout_logprobs_BL
             with autocast(self.device, self.config.learner.dtype):
                 logprobs, entropies = score_tokens(
-                    self.policy, class_ids, tokens, self.settings, forward=forward
+                    self.policy,
+                    piece.class_ids_B,
+                    piece.tokens_BL,
+                    self.settings,
+                    forward=self._wrapped,
+                )
+            importance = None
+            if is_stale:
+                if piece.proximal_logprobs_BL is None:
+                    piece.proximal_logprobs_BL = logprobs.detach()
+                proximal = piece.proximal_logprobs_BL
+                importance = importance_weights(
+                    proximal,
+                    rollout_logprobs,
+                    ratio=grpo.ratio,
+                    cap=grpo.importance_cap,
+                    weights_L=self._weights_L,
                 )
             surrogate = clipped_surrogate(
                 logprobs,
-                rollout_logprobs,
-                advantages,
+                proximal,
+                piece.advantages_B,
                 ratio=grpo.ratio,
                 clip_low=grpo.ratio_clip_low,
                 clip_high=grpo.ratio_clip_high,
                 weights_L=self._weights_L,
+                importance=importance,
             )
             loss_B = surrogate.loss_B - entropy_coef * token_mean(entropies, self._weights_L)
             kl_B = torch.zeros_like(loss_B)
-            if reference is not None:
-                kl_B = k3_divergence(logprobs, reference, self._weights_L, level=grpo.kl_level)
+            if piece.ref_logprobs_BL is not None:
+                kl_B = k3_divergence(
+                    logprobs, piece.ref_logprobs_BL, self._weights_L, level=grpo.kl_level
+                )
                 loss_B = loss_B + grpo.kl_coef * kl_B
-            # DDP averages over ranks; the step's loss is a mean over all images of all ranks.
+            # Gradients are averaged over ranks; the loss is a mean over all images of all ranks.
             (loss_B.sum() * (self.world_size / num_images)).backward()
             gaps = logprobs - rollout_logprobs
-            totals.add(surrogate, loss_B, kl_B, entropies, gaps, self.policy.codebook_size)
+            size = self.policy.codebook_size
+            totals.add(surrogate, loss_B, kl_B, entropies, gaps, importance, codebook_size=size)
         return totals
 
     def _step_optimizer(self, step: int) -> float:
-        norm = nn.utils.clip_grad_norm_(
-            self.policy.parameters(), self.config.learner.max_grad_norm
-        ).item()
+        norm = limit_gradients(self.policy.parameters(), self.config.learner.max_grad_norm)
         if not norm < float("inf"):
             self.optimizer.zero_grad(set_to_none=True)
             raise NumericsError(
@@ -244,29 +306,10 @@ class Learner:
             ):
                 kept.lerp_(new, 1.0 - decay)
 
-    def _check_ratio_gate(self, metrics: dict[str, float]) -> None:
-        deviation = metrics["policy/ratio_max_deviation"]
-        clipped = metrics["policy/ratio_clipped_frac"]
-        gap = metrics["policy/logprob_gap_mean"]
-        tolerance = self.config.grpo.ratio_tolerance
-        if self.config.is_exact:
-            self._gate_is_open = deviation < tolerance and clipped == 0.0
-            found = (
-                f"|ratio - 1| reaches {deviation:.3g} (allowed: {tolerance:g}) and "
-                f"{clipped:.3g} of the ratios are clipped"
-            )
-        else:
-            self._gate_is_open = gap < _LARGEST_MEAN_GAP
-            found = (
-                f"they differ by {gap:.3g} nats a token (allowed in bfloat16: "
-                f"{_LARGEST_MEAN_GAP:g})"
-            )
-        if self._gate_is_open:
-            return
-        self.optimizer.zero_grad(set_to_none=True)
-        raise NumericsError(
-            f"before the first update the policy's log-probs must equal the sampler's, but "
-            f"{found}. The learner scores another distribution than was sampled: compare the "
-            "weights' digests on both sides, the dtype, and that cfg_scale, temperature, top_k "
-            "and top_p are the same for both; dropout must be off."
-        )
+    def _pass_gate(self, metrics: dict[str, float]) -> None:
+        try:
+            check_ratio(metrics, self.config)
+        except NumericsError:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
+        self._gate_is_open = True

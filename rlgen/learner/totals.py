@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlgen.grpo.loss import Surrogate
+from rlgen.grpo.loss import Importance, Surrogate
 
 _SUMS = (
     "loss/total",
@@ -27,6 +27,7 @@ class Totals:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._clipped = torch.zeros(2, dtype=torch.float64, device=device)
+        self._importance = torch.zeros(3, dtype=torch.float64, device=device)
         self._maxima = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(
@@ -36,6 +37,8 @@ class Totals:
         kl_B: Tensor,
         entropies_BL: Tensor,
         gaps_BL: Tensor,
+        importance: Importance | None,
+        *,
         codebook_size: int,
     ) -> None:
         """Take in one micro-batch; gaps are the learner's log-probs less the sampler's."""
@@ -52,6 +55,10 @@ class Totals:
         )
         self._clipped[0] += surrogate.clipped.sum()
         self._clipped[1] += surrogate.clipped.numel()
+        if importance is not None:
+            self._importance[0] += importance.weights.double().sum()
+            self._importance[1] += importance.truncated.sum()
+            self._importance[2] += importance.truncated.numel()
         deviation = (surrogate.ratio.double() - 1.0).abs().max()
         gap = gaps_BL.detach().double().abs().max()
         # torch.maximum passes NaN on, so that a NaN ratio can't look like a good one.
@@ -66,13 +73,19 @@ class Totals:
         if dist.is_initialized():
             dist.all_reduce(self._sums)
             dist.all_reduce(self._clipped)
-            dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
+            dist.all_reduce(self._importance)
+            every_rank = [torch.empty_like(self._maxima) for _ in range(dist.get_world_size())]
+            dist.all_gather(every_rank, self._maxima)
+            self._maxima = torch.stack(every_rank).amax(dim=0)  # a reduction with MAX loses NaN
         means = dict(zip(_SUMS, (self._sums / num_images).tolist(), strict=True))
         clipped, count = self._clipped.tolist()
         deviation, gap = self._maxima.tolist()
+        weight, truncated, num_weighted = self._importance.tolist()
         return {
             **means,
             "policy/ratio_clipped_frac": clipped / count,
             "policy/ratio_max_deviation": deviation,
             "policy/logprob_gap_max": gap,
+            "grpo/importance_mean": weight / num_weighted if num_weighted else 1.0,
+            "grpo/importance_truncated": truncated / num_weighted if num_weighted else 0.0,
         }

@@ -114,5 +114,5 @@ def policy_bytes(policy: Any, state: Mapping[str, Tensor] | None = None) -> byte
         state: its tensors by public name, if they are not its state dict (LoRA).
     """
     weights: nn.Module | Mapping[str, Tensor] = policy if state is None else state
-    [kind] = [name for name, (module_type, _) in _FAMILIES.items() if type(policy) is module_type]
+    [kind] = [name for name, (family, _) in _FAMILIES.items() if isinstance(policy, family)]
     return weight_bytes(weights, kind=kind, config=asdict(policy.config))

@@ -139,7 +139,18 @@ def test_the_gate_is_for_the_first_update_and_equal_versions() -> None:
     stale = sampled_batch(tiny_policy(), config, step=1)  # version 0, the learner has 1
     metrics = learner.update(stale)
     assert metrics["policy/lag_steps"] == 1.0
-    assert metrics["policy/ratio_max_deviation"] > 1e-4
+    assert metrics["policy/logprob_gap_max"] > 1e-4, "the gate would have stopped it"
+    assert metrics["policy/ratio_max_deviation"] == 0.0, "to the policy before the update"
+
+
+def test_the_gate_waits_for_a_batch_of_the_learners_own_version() -> None:
+    config = tiny_config()
+    learner = learner_for(config)
+    learner.policy_version = 1  # as after a resume, with samplers that are a step behind
+    learner.update(with_logprobs(sampled_batch(learner.policy, config, step=1), 0.01))
+    wrong = with_logprobs(sampled_batch(learner.policy, config, step=2, version=2), 0.01)
+    with pytest.raises(NumericsError, match="scores another distribution"):
+        learner.update(wrong)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +259,7 @@ def test_inner_epochs_are_updates_on_the_same_batch() -> None:
     metrics = together.update(batch)
     first = apart.update(batch)
     after_one = digest(apart.policy)
+    apart.policy_version = 0  # else the same batch would count as an older policy's
     apart.update(batch)
     assert digest(together.policy) == digest(apart.policy) != after_one
     # The step's metrics are those before its first optimiser step.
@@ -332,13 +344,116 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
     learner = learner_for(config)
     learner.update(sampled_batch(learner.policy, config))
     before = digest(learner.policy)
-    stale = sampled_batch(tiny_policy(), config, step=1)
+    batch = sampled_batch(learner.policy, config, step=1, version=1)
     # exp(200) overflows, and a negative advantage takes the free branch of the surrogate.
-    broken = with_logprobs(stale, -200.0)
+    broken = with_logprobs(batch, -200.0)
     with pytest.raises(NumericsError, match=r"at step 1.*lower learner\.lr"):
         learner.update(broken)
     assert digest(learner.policy) == before
     assert learner.policy_version == 1
+
+
+def older_batch(config: RunConfig) -> LearnerBatch:
+    """Step 3, drawn by a policy that is a little behind the base."""
+    older = tiny_policy()
+    with torch.no_grad():
+        older.output.weight.mul_(0.8)
+    return sampled_batch(older, config, step=3, version=2)
+
+
+def importance_by_hand(
+    batch: LearnerBatch, proximal_BL: Tensor, *, ratio: str, cap: float
+) -> Tensor:
+    """[B, L] or [B, 1]."""
+    difference = proximal_BL - torch.from_numpy(batch.rollout_logprobs_BL)
+    if ratio == "sequence":
+        difference = difference.mean(dim=1, keepdim=True)
+    return torch.minimum(difference.exp(), torch.tensor(cap))
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_an_older_policys_samples_are_weighted_and_the_ratio_is_to_the_policy_before(
+    ratio, monkeypatch
+) -> None:
+    cap = 1.02
+    config = tiny_config(
+        grpo__ratio=ratio,
+        grpo__importance_cap=cap,
+        grpo__kl_coef=0.0,
+        learner__max_grad_norm=1e9,
+        learner__micro_batch_size=5,
+    )
+    learner = learner_for(config)
+    learner.policy_version = 3
+    stale = older_batch(config)
+    before = copy.deepcopy(learner.policy)
+    found = gradients_of_next_step(learner, monkeypatch)
+    metrics = learner.update(stale)
+
+    tokens = torch.from_numpy(stale.tokens_BL).long()
+    logits = before.teacher_forced(torch.from_numpy(stale.class_ids_B), tokens)
+    logprobs_BL = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+    weights = importance_by_hand(stale, logprobs_BL.detach(), ratio=ratio, cap=cap)
+    advantages_B = torch.from_numpy(stale.advantages_B)
+    # At ratio 1 the gradient of the ratio is that of the log-prob: REINFORCE, weighted.
+    (-advantages_B * (weights * logprobs_BL).mean(dim=1)).mean().backward()
+    largest = max(gradient.abs().max().item() for gradient in found.values())
+    for name, parameter in before.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=2e-5 * largest)
+    truncated = (weights == cap).float().mean().item()
+    assert 0.1 < truncated < 0.9, "or the cap is not tested"
+    assert metrics["grpo/importance_truncated"] == pytest.approx(truncated)
+    assert metrics["grpo/importance_mean"] == pytest.approx(weights.mean().item(), rel=1e-5)
+    assert metrics["loss/policy"] == pytest.approx(
+        -(advantages_B * weights.mean(dim=1)).mean().item(), rel=1e-4, abs=1e-6
+    )
+
+
+def test_later_inner_epochs_are_clipped_around_the_policy_before_the_update() -> None:
+    settings = {"grpo__kl_coef": 0.0, "learner__lr": 0.02, "learner__max_grad_norm": 1e9}
+    config = tiny_config(grpo__inner_epochs=2, **settings)
+    learner = learner_for(config)
+    learner.policy_version = 3
+    stale = older_batch(config)
+    metrics = learner.update(stale)
+    # The same samples with the log-probs of the policy before the update are on policy.
+    tokens = torch.from_numpy(stale.tokens_BL).long()
+    with torch.no_grad():
+        logits = tiny_policy().teacher_forced(torch.from_numpy(stale.class_ids_B), tokens)
+    logprobs_BL = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+    fresh = replace(stale, policy_version=3, rollout_logprobs_BL=logprobs_BL.numpy())
+    other = learner_for(tiny_config(grpo__inner_epochs=2, **settings))
+    other.policy_version = 3
+    assert metrics["policy/ratio_max_deviation"] == 0.0
+    on_policy = other.update(fresh)
+    assert on_policy["policy/ratio_clipped_frac"] > 0
+    # Not equal: the weights turn the first step a little.
+    assert metrics["policy/ratio_clipped_frac"] == pytest.approx(
+        on_policy["policy/ratio_clipped_frac"], abs=0.1
+    )
+
+
+def test_one_log_prob_that_is_far_off_counts_no_more_than_the_cap() -> None:
+    config = tiny_config(grpo__importance_cap=3.0)
+    learner = learner_for(config)
+    learner.policy_version = 1
+    stale = sampled_batch(tiny_policy(), config, step=1)
+    metrics = learner.update(with_logprobs(stale, -200.0))  # exp(200) would overflow
+    assert metrics["grpo/importance_mean"] == 3.0
+    assert metrics["grpo/importance_truncated"] == 1.0
+
+
+def test_the_cap_changes_nothing_on_policy() -> None:
+    digests = set()
+    for cap in (1.0, 2.0):
+        config = tiny_config(grpo__importance_cap=cap, grpo__inner_epochs=2)
+        learner = learner_for(config)
+        metrics = learner.update(sampled_batch(learner.policy, config))
+        assert metrics["grpo/importance_mean"] == 1.0
+        assert metrics["grpo/importance_truncated"] == 0.0
+        digests.add(digest(learner.policy))
+    assert len(digests) == 1
 
 
 def run_steps(learner: Learner, config: RunConfig, steps: range) -> None:

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from rlgen.grpo.loss import block_weights, clipped_surrogate, k3_divergence, token_mean
+from rlgen.grpo.loss import (
+    block_weights,
+    clipped_surrogate,
+    importance_weights,
+    k3_divergence,
+    token_mean,
+)
 
 RATIOS = ["token", "sequence"]
 
@@ -174,3 +180,60 @@ def test_weights_enter_the_surrogate_and_the_divergence(ratio) -> None:
     torch.testing.assert_close(found.loss_B, expected)
     k3 = (-difference).exp() + difference - 1
     torch.testing.assert_close(k3_divergence(new, old, weights), token_mean(k3, weights))
+
+
+def test_importance_weights_are_truncated_ratios_of_the_policy_before_to_the_samplers() -> None:
+    proximal = torch.tensor([[0.5, 0.6, 0.1], [0.2, 0.2, 0.2]]).log().requires_grad_()
+    rollout = torch.tensor([[0.4, 0.2, 0.2], [0.2, 0.1, 0.4]]).log()
+    by_token = importance_weights(proximal, rollout, ratio="token", cap=1.5)
+    expected = torch.tensor([[1.25, 1.5, 0.5], [1.0, 1.5, 0.5]])
+    torch.testing.assert_close(by_token.weights, expected)
+    assert by_token.truncated.tolist() == [[False, True, False], [False, True, False]]
+    assert not by_token.weights.requires_grad, "a weight is no path for the gradient"
+
+    by_image = importance_weights(proximal, rollout, ratio="sequence", cap=1.2)
+    # Geometric means over the tokens: (1.25 * 3 * 0.5)^(1/3) = 1.233 and (1 * 2 * 0.5)^(1/3) = 1.
+    torch.testing.assert_close(by_image.weights, torch.tensor([[1.2], [1.0]]))
+    assert by_image.truncated.tolist() == [[True], [False]]
+
+
+def test_importance_multiplies_the_clipped_gain_by_hand() -> None:
+    proximal = torch.zeros(1, 3)
+    new = torch.tensor([[2.0, 1.1, 0.5]]).log().requires_grad_()
+    rollout = torch.tensor([[1.0, 0.5, 4.0]]).log()
+    importance = importance_weights(proximal, rollout, ratio="token", cap=1.5)
+    found = clipped_surrogate(
+        new,
+        proximal,
+        torch.tensor([3.0]),
+        ratio="token",
+        clip_low=0.2,
+        clip_high=0.3,
+        importance=importance,
+    )
+    # Weights 1, 1.5 of 2, and 0.25; gains 1.3, 1.1 and 0.5: the first is clipped.
+    assert found.loss_B.item() == pytest.approx(-3.0 * (1.3 + 1.65 + 0.125) / 3, rel=1e-6)
+    found.loss_B.sum().backward()
+    torch.testing.assert_close(new.grad, torch.tensor([[0.0, -1.65, -0.125]]))
+    assert found.clipped.tolist() == [[True, False, False]], "the ratio alone decides"
+
+
+def test_an_image_counts_by_its_own_weight_and_weights_of_tokens_enter_its_ratio() -> None:
+    generator = torch.Generator().manual_seed(3)
+    proximal, rollout = 0.1 * torch.randn(2, 4, 5, generator=generator)
+    weights = block_weights((1, 4), alpha=1.0)
+    found = importance_weights(proximal, rollout, ratio="sequence", cap=9.0, weights_L=weights)
+    expected = token_mean(proximal - rollout, weights).exp()
+    torch.testing.assert_close(found.weights[:, 0], expected)
+    advantages = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    surrogate = clipped_surrogate(
+        proximal,
+        proximal,
+        advantages,
+        ratio="sequence",
+        clip_low=0.2,
+        clip_high=0.2,
+        weights_L=weights,
+        importance=found,
+    )
+    torch.testing.assert_close(surrogate.loss_B, -advantages * expected)
