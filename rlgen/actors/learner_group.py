@@ -19,11 +19,11 @@ from ray.train.torch import TorchTrainer, get_device
 
 from rlgen.actors.coordinator import LEARNER, LearnerCommand
 from rlgen.actors.heartbeat import start_beating
+from rlgen.actors.weight_transport import Publisher, collective_backend
 from rlgen.config.run import RunConfig
 from rlgen.errors import RlgenError
 from rlgen.learner.learner import Learner
 from rlgen.learner.state_io import LearnerSaver, SaveOutcome, restore_learner
-from rlgen.nn.flat import pack_weights
 from rlgen.nn.weights import state_sha256
 from rlgen.policies.load import load_policy
 
@@ -31,7 +31,7 @@ from rlgen.policies.load import load_policy
 def learner_loop(settings: dict[str, Any]) -> None:
     """What each rank runs, from the first command to the last."""
     config: RunConfig = settings["config"]
-    coordinator, weights = settings["coordinator"], settings["weights"]
+    coordinator = settings["coordinator"]
     attempt, resume_from = settings["attempt"], config.checkpoint.resume_from
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(config.learner.threads)
@@ -40,7 +40,11 @@ def learner_loop(settings: dict[str, Any]) -> None:
     if resume_from is not None:
         restore_learner(learner, resume_from)
     start_beating(coordinator, f"{LEARNER}{attempt}-{rank}")
-    _publish(learner, weights, rank)
+    publisher: Publisher | None = None
+    if rank == 0:
+        backend = collective_backend(config)
+        publisher = Publisher(settings["weights"], config.weights, backend=backend)
+    _publish(learner, publisher)
 
     def note_saved(uri: str, outcome: SaveOutcome) -> None:
         ray.get(coordinator.note_saved.remote(attempt, uri, outcome))
@@ -54,7 +58,7 @@ def learner_loop(settings: dict[str, Any]) -> None:
         if command.kind == "stop":
             return
         try:
-            answer = _obey(command, learner, weights, rank)
+            answer = _obey(command, learner, publisher, rank)
             if command.kind == "save":
                 saver.start(learner, command.uri, is_writer=rank == 0)
         except RlgenError as error:
@@ -64,20 +68,19 @@ def learner_loop(settings: dict[str, Any]) -> None:
         number += 1
 
 
-def _obey(command: LearnerCommand, learner: Learner, weights: Any, rank: int) -> Any:
+def _obey(command: LearnerCommand, learner: Learner, publisher: Publisher | None, rank: int) -> Any:
     if command.kind == "learn":
         metrics = learner.update(command.batches[0])
-        _publish(learner, weights, rank)
-        return metrics
+        return metrics | _publish(learner, publisher)
     if command.kind == "digest":
         return state_sha256(learner.policy_state()) if rank == 0 else None
     return None
 
 
-def _publish(learner: Learner, weights: Any, rank: int) -> None:
-    if rank == 0:
-        manifest, buffer = pack_weights(learner.policy_state(), version=learner.policy_version)
-        ray.get(weights.publish.remote(manifest, buffer))
+def _publish(learner: Learner, publisher: Publisher | None) -> dict[str, float]:
+    """Rank 0 has the publisher; the others help to gather the state."""
+    state = learner.policy_state()
+    return {} if publisher is None else publisher.publish(state, version=learner.policy_version)
 
 
 class LearnerGroup:

@@ -7,11 +7,11 @@ only, and holds nothing that a replacement could not load again.
 from functools import cached_property
 from typing import Any
 
-import ray
 import torch
 
 from rlgen.actors.heartbeat import start_beating
 from rlgen.actors.shell import actor_device, explained, work_until_stopped
+from rlgen.actors.weight_transport import Receiver, collective_backend
 from rlgen.config.run import RunConfig
 from rlgen.errors import RolloutError
 from rlgen.policies.load import load_policy
@@ -39,9 +39,19 @@ class RolloutWorker:
         except Exception as error:
             raise explained(error, RolloutError, self._name) from None
 
+    @cached_property
+    def _receiver(self) -> Receiver:
+        return Receiver(
+            self._weights,
+            self._config.weights,
+            name=self._name,
+            wait_s=self._config.cluster.step_timeout_s,
+            backend=collective_backend(self._config),
+        )
+
     def ready(self) -> str:
         """Answer once the model is loaded."""
-        _ = self._sampler
+        _ = self._sampler, self._receiver
         return self._name
 
     def run(self) -> None:
@@ -57,10 +67,5 @@ class RolloutWorker:
         )
 
     def _sample(self, unit: WorkUnit) -> Rollout:
-        self._hold_version(unit.policy_version)
+        self._receiver.update(unit.policy_version, self._sampler.update_weights)
         return self._sampler.sample(unit)
-
-    def _hold_version(self, version: int) -> None:
-        if version != self._sampler.policy_version:
-            manifest, [reference] = ray.get(self._weights.fetch.remote(version))
-            self._sampler.update_weights(manifest, ray.get(reference))

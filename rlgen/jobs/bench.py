@@ -15,6 +15,7 @@ from rlgen.jobs.cli import run_job
 COMMANDS = {
     "sample": "rlgen.jobs.bench_sample",
     "learn": "rlgen.jobs.bench_learn",
+    "weights": "rlgen.jobs.bench_weights",
 }
 
 
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     if request.json is not None:
         request.json.write_text(text + "\n")
+    if "missed" in result:  # a bar that the options set
+        print(result["missed"], file=sys.stderr)
+        return 1
     return 0
 
 

@@ -184,6 +184,7 @@ def resume_key(config: RunConfig) -> str:
                 "checkpoint": neutral.checkpoint,
                 "tracking": neutral.tracking,
                 "cluster": neutral.cluster,
+                "weights": neutral.weights,
                 "reward": config.reward.model_copy(update={"num_workers": 1}),
                 "rollout": config.rollout.model_copy(update={"num_workers": 1}),
                 "learner": config.learner.model_copy(update={"num_workers": 1}),

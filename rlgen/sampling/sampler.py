@@ -6,6 +6,7 @@ Shapes: P conditions, G group, B = P*G images, L image tokens.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,10 @@ class Sampler:
         self.device = device
         self.policy_version = 0
 
-    def update_weights(self, manifest: WeightManifest, buffer: np.ndarray) -> None:
-        """Copy published weights in; the version changes last.
+    def update_weights(
+        self, manifest: WeightManifest, buffer: np.ndarray | Sequence[np.ndarray | torch.Tensor]
+    ) -> None:
+        """Copy published weights in, whole or in chunks; the version changes last.
 
         Raises:
             WeightTransferError: what arrived is not what was published.

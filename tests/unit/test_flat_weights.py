@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from rlgen.errors import WeightTransferError
-from rlgen.nn.flat import pack_weights, unpack_weights
+from rlgen.nn.flat import (
+    BLOCK_BYTES,
+    _sums,
+    _sums_on_host,
+    flat_digest,
+    pack_weights,
+    split_chunks,
+    unpack_weights,
+)
 from rlgen.nn.weights import state_sha256
 from tests.tiny import tiny_policy
 
@@ -69,7 +77,7 @@ def test_packing_is_deterministic_and_the_digest_sees_every_byte() -> None:
     shuffled = dict(reversed(list(state.items())))
     assert pack_weights(shuffled, version=1)[0] == first
     changed = {**state, "a": torch.nextafter(state["a"], torch.tensor(9.0))}
-    assert pack_weights(changed, version=1)[0].sha256 != first.sha256
+    assert pack_weights(changed, version=1)[0].digest != first.digest
 
 
 def test_the_buffer_is_a_copy_of_the_weights() -> None:
@@ -99,7 +107,7 @@ def test_one_damaged_byte_is_noticed_and_nothing_is_copied(place) -> None:
     buffer[place] ^= 1
     theirs = Mixed(2)
     before = digest(theirs)
-    with pytest.raises(WeightTransferError, match=r"version 5 arrived with sha256.*publish again"):
+    with pytest.raises(WeightTransferError, match=r"version 5 arrived with digest.*publish again"):
         unpack_weights(manifest, buffer, theirs)
     assert digest(theirs) == before
 
@@ -108,7 +116,7 @@ def test_a_buffer_cut_short_is_noticed() -> None:
     manifest, buffer = pack_weights(Mixed(1).state_dict(), version=0)
     theirs = Mixed(2)
     before = digest(theirs)
-    with pytest.raises(WeightTransferError, match="arrived with sha256"):
+    with pytest.raises(WeightTransferError, match="arrived with digest"):
         unpack_weights(manifest, buffer[:-16], theirs)
     assert digest(theirs) == before
 
@@ -133,3 +141,98 @@ def test_manifest_travels_between_processes() -> None:
     arrived = pickle.loads(pickle.dumps(manifest))
     assert arrived == manifest
     unpack_weights(replace(arrived, version=9), buffer, Mixed(2))
+
+
+# -- chunks and digests ------------------------------------------------------------------------
+
+_MIB = 2**20
+
+
+class Wide(nn.Module):
+    """Three blocks of the digest, and tensors that lie across their borders."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name in ("first", "second", "third"):
+            values = torch.randn(500_001, generator=generator)
+            self.register_parameter(name, nn.Parameter(values))
+
+
+def random_bytes(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count,), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_arrive_in_chunks_into_any_number_format(dtype) -> None:
+    ours, theirs, expected = Wide(1), Wide(2).to(dtype), Wide(1).to(dtype)
+    manifest, buffer = pack_weights(ours.state_dict(), version=1)
+    assert manifest.num_bytes == len(buffer) > 2 * BLOCK_BYTES
+    chunks = split_chunks(torch.from_numpy(buffer), 2 * _MIB)
+    assert [len(chunk) for chunk in chunks[:-1]] == [2 * _MIB] * 2
+    read_only = [chunk.numpy() for chunk in chunks]
+    for chunk in read_only:
+        chunk.flags.writeable = False
+    unpack_weights(manifest, read_only, theirs)
+    assert digest(theirs) == digest(expected)
+
+
+def test_chunks_in_another_order_are_noticed() -> None:
+    manifest, buffer = pack_weights(Wide(1).state_dict(), version=1)
+    first, second, third = split_chunks(torch.from_numpy(buffer), 2 * _MIB)
+    with pytest.raises(WeightTransferError, match="arrived with digest"):
+        unpack_weights(manifest, [second, first, third], Wide(2))
+
+
+def test_a_digest_does_not_depend_on_how_the_bytes_are_cut() -> None:
+    payload = random_bytes(7 * _MIB + 24)
+    whole = flat_digest([payload])
+    assert whole == flat_digest(split_chunks(payload, 2 * _MIB))
+    assert whole == flat_digest(split_chunks(payload, 4 * _MIB))
+    with pytest.raises(
+        WeightTransferError, match=r"chunks of 100 bytes; use a multiple of 2097152"
+    ):
+        split_chunks(payload, 100)
+
+
+def test_a_digest_sees_length_order_and_every_bit() -> None:
+    payload = random_bytes(3 * BLOCK_BYTES)
+    seen = {flat_digest([payload]), flat_digest([payload[:-8]]), flat_digest([])}
+    longer = torch.cat([payload, torch.zeros(8, dtype=torch.uint8)])
+    seen |= {flat_digest([longer]), flat_digest([longer[:-1]])}
+    blocks = list(payload.split(BLOCK_BYTES))
+    seen.add(flat_digest([blocks[1], blocks[0], blocks[2]]))
+    rows = blocks[0].view(512, 4096)
+    seen.add(flat_digest([rows[torch.randperm(512)].flatten(), *blocks[1:]]))
+    columns = rows.view(512, 512, 8)[:, torch.randperm(512)]
+    seen.add(flat_digest([columns.flatten(), *blocks[1:]]))
+    for place, bit in [(0, 1), (7, 128), (BLOCK_BYTES - 1, 128), (2 * BLOCK_BYTES, 16)]:
+        damaged = payload.clone()
+        damaged[place] ^= bit
+        seen.add(flat_digest([damaged]))
+    assert len(seen) == 12
+
+
+@pytest.mark.parametrize("places", [(7, 15), (7, 4103), (7, 15, 4111)])
+def test_top_bits_that_flip_together_do_not_cancel(places) -> None:
+    payload = random_bytes(BLOCK_BYTES)
+    damaged = payload.clone()
+    damaged[list(places)] ^= 128  # the sign of float32 number 1, 3, 1025, 1027
+    assert flat_digest([damaged]) != flat_digest([payload])
+
+
+def test_the_sums_on_the_host_are_those_of_a_device() -> None:
+    block = random_bytes(BLOCK_BYTES)
+    for host, device in zip(_sums_on_host(block), _sums(block), strict=True):
+        assert torch.equal(host, device)
+
+
+def test_a_buffer_is_used_again_for_the_next_version() -> None:
+    _, buffer = pack_weights(Mixed(1).state_dict(), version=1)
+    manifest, again = pack_weights(Mixed(2).state_dict(), version=2, out=buffer)
+    assert again is buffer
+    fresh_manifest, fresh = pack_weights(Mixed(2).state_dict(), version=2)
+    assert manifest == fresh_manifest and np.array_equal(again, fresh)
+    _, larger = pack_weights(Wide(1).state_dict(), version=3, out=buffer)
+    assert larger is not buffer
