@@ -157,7 +157,7 @@ class Coordinator:
     async def lose_learners(self, attempt: int, reason: str) -> None:
         """Tell the driver that this attempt of the learners is over before its end."""
         if attempt == self._attempt and not self._is_closed:
-            await self.fail(RoleLost(f"the learner group was lost: {reason}"))
+            await self.fail(RoleLost(f"the learners were lost ({reason})."))
 
     async def rewind(self, attempt: int) -> None:
         """Forget units, commands and answers, and that a role was lost; other errors stay."""

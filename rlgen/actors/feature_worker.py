@@ -14,10 +14,10 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from rlgen.actors.placement import first_unmet_role
+from rlgen.actors.placement import check_capacity
 from rlgen.actors.shell import actor_device, explained
-from rlgen.config.plan import Role
-from rlgen.errors import PlacementError, RlgenError
+from rlgen.config.roles import Role
+from rlgen.errors import RlgenError
 from rlgen.evaluation.image_moments import MeasureSettings, ShardReader
 from rlgen.evaluation.images import Shard
 from rlgen.features.extractor import load_extractor
@@ -25,6 +25,8 @@ from rlgen.storage import without_credentials
 
 _MAX_REPLACED = 10
 """Dead workers in a row, without a shard done in between, after which the crew gives up."""
+_ROOM_TIMEOUT_S = 10.0
+"""Longest wait for free resources."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,6 @@ def measure_on_ray(
 
 
 def _check_room(num_workers: int, size: CrewSize, *, threads: int) -> None:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     role = Role("feature worker", num_workers, threads, size.num_cpus, size.num_gpus)
-    unmet = first_unmet_role([role], nodes)
-    if unmet is not None:
-        have = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
-        raise PlacementError(
-            f"the cluster has no room for {unmet}, {num_workers} of them wanted. Its nodes have: "
-            f"{have}. Lower --num-workers, --num-cpus or --num-gpus."
-        )
+    advice = "lower --num-workers, --num-cpus or --num-gpus"
+    check_capacity([role], timeout_s=_ROOM_TIMEOUT_S, advice=advice)

@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer, get_device
 from rlgen.actors.coordinator import LEARNER, LearnerCommand
 from rlgen.actors.heartbeat import start_beating
 from rlgen.actors.weight_transport import Publisher, collective_backend
+from rlgen.actors.shell import brief
 from rlgen.config.run import RunConfig
 from rlgen.errors import RlgenError
 from rlgen.learner.learner import Learner
@@ -118,6 +119,7 @@ class LearnerGroup:
                 num_workers=config.learner.num_workers,
                 use_gpu="GPU" in resources,
                 resources_per_worker=resources,
+                label_selector=dict(config.learner.label_selector) or None,  # type: ignore[call-arg]
             ),
             run_config=TrainRunConfig(
                 name=f"{run_name}-{attempt}",
@@ -139,4 +141,4 @@ class LearnerGroup:
         except Exception as error:
             # The first error counts: a rank that failed with its own error has reported it.
             with suppress(RayError):
-                ray.get(self._coordinator.lose_learners.remote(self._attempt, str(error)))
+                ray.get(self._coordinator.lose_learners.remote(self._attempt, brief(error)))

@@ -13,6 +13,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
+from rlgen.actors.shell import brief
 from rlgen.errors import RoleLost
 from rlgen.types import StepRewards
 
@@ -104,7 +105,7 @@ class MomentStoreClient:
             try:
                 return self._wait(getattr(self._actor, method).remote(*arguments))
             except RayActorError as error:
-                reason = str(error).split("\n")[0]
+                reason = brief(error)
                 self._revive()
         raise RoleLost(
             f"the moment store died {self._max_restarts + 1} times in one call ({reason}); look "

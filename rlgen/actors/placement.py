@@ -7,15 +7,17 @@ import logging
 import os
 import re
 import socket
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
-from rlgen.config.plan import Role
-from rlgen.config.run import RunConfig
+from rlgen.config.learning import LearnerConfig
+from rlgen.config.reward import RewardConfig
+from rlgen.config.roles import Node, Role, unmet_roles
+from rlgen.config.run import RolloutConfig, RunConfig
 from rlgen.errors import PlacementError
 
 _CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")
@@ -58,45 +60,76 @@ def connect(config: RunConfig) -> str:
     return context.dashboard_url or ""
 
 
-def check_capacity(roles: Sequence[Role], *, timeout_s: float) -> None:
-    """Wait until all roles fit on the cluster's nodes together, at most for a while.
+def check_capacity(
+    roles: Sequence[Role],
+    *,
+    timeout_s: float,
+    advice: str = "lower the num_workers, num_cpus or num_gpus of a role; "
+    "cluster.placement_timeout_s waits longer",
+) -> None:
+    """Wait until Ray finds room for all roles together, at most for a while.
 
-    Raises:
-        PlacementError: names the role that finds no node, and what the nodes have.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        unmet = first_unmet_role(roles, nodes)
-        if unmet is None:
-            return
-        if time.monotonic() > deadline:
-            have = "; ".join(
-                f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes
-            )
-            raise PlacementError(
-                f"the cluster has no room for {unmet}. Its nodes have: {have}. Add nodes, or "
-                "lower the num_workers, num_cpus or num_gpus of a role."
-            )
-        time.sleep(0.5)
-
-
-def first_unmet_role(roles: Sequence[Role], nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Name the first role that first-fit, largest first, finds no node for.
+    What is asked for is visible to an autoscaler meanwhile. It is given back before anyone uses
+    it, so whoever comes at the same moment may still be faster.
 
     Args:
-        roles: what the run asks for.
-        nodes: resources of each node.
+        roles: what must fit.
+        timeout_s: longest wait, in seconds.
+        advice: what to do if they don't fit, other than adding nodes.
+    Raises:
+        PlacementError: names the roles that find no node, and what every node has.
     """
-    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
-    requests = [role for role in roles for _ in range(role.count)]
-    for role in sorted(requests, key=lambda r: (r.num_gpus, r.num_cpus), reverse=True):
-        fitting = [node for node in free if node[0] >= role.num_cpus and node[1] >= role.num_gpus]
-        if not fitting:
-            return f"a {role.name} process with {role.num_cpus:g} CPU and {role.num_gpus:g} GPU"
-        fitting[0][0] -= role.num_cpus
-        fitting[0][1] -= role.num_gpus
-    return None
+    processes = [role for role in roles for _ in range(role.count) if role.resources]
+    if not processes:
+        return
+    request = placement_group(
+        [role.resources for role in processes],
+        bundle_label_selector=[dict(role.label_selector) for role in processes],
+    )
+    try:
+        if not request.wait(timeout_s):
+            raise PlacementError(explain_unmet(roles, live_nodes(), timeout_s, advice))
+    finally:
+        remove_placement_group(request)
+
+
+def role_options(role: RolloutConfig | RewardConfig | LearnerConfig) -> dict[str, Any]:
+    """Options of a Ray actor of this role."""
+    return {
+        "num_cpus": role.num_cpus,
+        "num_gpus": role.num_gpus,
+        "label_selector": dict(role.label_selector) or None,
+    }
+
+
+def live_nodes() -> list[Node]:
+    """The nodes of the cluster, and what is free on each of them."""
+    free = ray.state.available_resources_per_node()
+    return [
+        Node(
+            name=node["NodeManagerAddress"],
+            total=node["Resources"],
+            free=free.get(node["NodeID"], {}),
+            labels=node["Labels"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def explain_unmet(
+    roles: Sequence[Role], nodes: Sequence[Node], timeout_s: float, advice: str
+) -> str:
+    """What of the roles finds no node, and what the nodes have."""
+    unmet = unmet_roles(roles, nodes)
+    is_busy = bool(unmet) and not unmet_roles(roles, nodes, busy=False)
+    labels = sorted({label for role in roles for label in role.label_selector})
+    has = "; ".join(node.describe(labels) for node in nodes)
+    way_out = "Others use what is missing: wait, add nodes" if is_busy else "Add nodes"
+    return (
+        f"the cluster has no room for {' and '.join(map(str, unmet)) or 'all roles together'}, "
+        f"after {timeout_s:g} s. Its nodes: {has}. {way_out}, or {advice}."
+    )
 
 
 def _find_cluster(configured: str) -> str | None:

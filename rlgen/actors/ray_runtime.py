@@ -22,19 +22,19 @@ from rlgen.actors.heartbeat import Watchdog, kill_process
 from rlgen.actors.learner_group import LearnerGroup
 from rlgen.actors.moment_client import MomentStoreClient
 from rlgen.actors.moment_store import MomentStoreActor
-from rlgen.actors.placement import check_capacity, connect
+from rlgen.actors.placement import check_capacity, connect, role_options
 from rlgen.actors.reward_worker import RewardWorker
 from rlgen.actors.rollout_worker import RolloutWorker
+from rlgen.actors.shell import brief
 from rlgen.actors.supervisor import Supervisor
 from rlgen.actors.weight_store import WeightStore
-from rlgen.config.plan import role_resources
+from rlgen.config.roles import role_resources
 from rlgen.config.run import RunConfig
 from rlgen.errors import RlgenError, RoleLost
 from rlgen.learner.batch import split_batch
 from rlgen.learner.checkpoint import Part
 from rlgen.types import GroupCounts, Health, LearnerBatch, ScoredRollout, StepRewards, WorkUnit
 
-_PLACEMENT_TIMEOUT_S = 30.0
 _GOODBYE_S = 10.0
 
 
@@ -65,7 +65,7 @@ class RayRuntime:
         self._groups = self._past_groups = GroupCounts()
         try:
             roles = role_resources(config, with_learner=with_learner)
-            check_capacity(roles, timeout_s=_PLACEMENT_TIMEOUT_S)
+            check_capacity(roles, timeout_s=config.cluster.placement_timeout_s)
         except BaseException:
             ray.shutdown()
             raise
@@ -80,6 +80,7 @@ class RayRuntime:
             self._end_attempt()
         if self._supervisor is None:
             self._hire()
+        assert self._supervisor is not None, "hired"
         if self._with_learner:
             self._start_learners()
             self._store.await_ready() if is_first else self._store.reset()
@@ -87,6 +88,7 @@ class RayRuntime:
         if self._with_learner:
             # The first answer shows that the learners are up and have published their weights.
             self._command(LearnerCommand("digest"), timeout_s)
+        self._supervisor.expand()  # last: who may be missing must not take a learner's place
         self._recovery_s = None if is_first else time.monotonic() - began
 
     def submit(self, units: Sequence[WorkUnit]) -> None:
@@ -165,10 +167,8 @@ class RayRuntime:
         """Make every actor but the learners."""
         config = self._config
         # Beside the driver: they are lost with it, and with nothing else.
-        self._coordinator = _actor(Coordinator, cpus=0, is_beside_driver=True).remote()
-        self._weights = _actor(WeightStore, cpus=0, is_beside_driver=True).remote(
-            config.max_policy_lag + 2
-        )
+        self._coordinator = _beside_driver(Coordinator).remote()
+        self._weights = _beside_driver(WeightStore).remote(config.max_policy_lag + 2)
         self._watchdog = Watchdog(
             self._coordinator, timeout_s=config.cluster.heartbeat_timeout_s
         )
@@ -179,8 +179,12 @@ class RayRuntime:
                 max_restarts=config.cluster.max_restarts,
             )
         self._supervisor = Supervisor(self._coordinator, max_restarts=config.cluster.max_restarts)
-        self._supervisor.hire("rollout", config.rollout.num_workers, self._make_rollout_worker)
-        self._supervisor.hire("reward", config.reward.num_workers, self._make_reward_worker)
+        for role, crew, make in (
+            ("rollout", config.rollout, self._make_rollout_worker),
+            ("reward", config.reward, self._make_reward_worker),
+        ):
+            fewest = crew.min_workers or crew.num_workers
+            self._supervisor.hire(role, make, fewest=fewest, most=crew.num_workers)
 
     def _start_learners(self) -> None:
         self._learners = LearnerGroup(
@@ -196,6 +200,8 @@ class RayRuntime:
         """Let go of the learners, and of everything if coordinator or weight store are gone."""
         self._attempt += 1
         try:
+            if self._supervisor is not None:
+                self._supervisor.shrink()
             ranks = ray.get(self._coordinator.pulses.remote(LEARNER), timeout=_GOODBYE_S)
             ray.get(self._coordinator.rewind.remote(self._attempt), timeout=_GOODBYE_S)
             ray.get(self._weights.rewind.remote(), timeout=_GOODBYE_S)
@@ -227,22 +233,20 @@ class RayRuntime:
         self._supervisor = self._learners = None
 
     def _make_moment_store(self) -> Any:
-        shell = _actor(
-            MomentStoreActor, cpus=self._config.reward.num_cpus, name=f"{self._name}-moments"
+        shell = ray.remote(MomentStoreActor).options(
+            name=f"{self._name}-moments",
+            num_cpus=self._config.reward.num_cpus,
+            label_selector=dict(self._config.learner.label_selector),
         )
         return shell.remote(self._config, self._coordinator)
 
     def _make_rollout_worker(self, name: str) -> Any:
-        rollout = self._config.rollout
-        return _actor(RolloutWorker, cpus=rollout.num_cpus, gpus=rollout.num_gpus).remote(
-            name, self._config, self._coordinator, self._weights
-        )
+        shell = ray.remote(RolloutWorker).options(**role_options(self._config.rollout))
+        return shell.remote(name, self._config, self._coordinator, self._weights)
 
     def _make_reward_worker(self, name: str) -> Any:
-        reward = self._config.reward
-        return _actor(RewardWorker, cpus=reward.num_cpus, gpus=reward.num_gpus).remote(
-            name, self._config, self._coordinator
-        )
+        shell = ray.remote(RewardWorker).options(**role_options(self._config.reward))
+        return shell.remote(name, self._config, self._coordinator)
 
     def _command(self, command: LearnerCommand, timeout_s: float | None = None) -> Any:
         number = self._get(self._coordinator.send.remote(command), "the coordinator")
@@ -254,8 +258,7 @@ class RayRuntime:
         try:
             return self._wait(reference, awaited, timeout_s)
         except RayActorError as error:
-            reason = str(error).split("\n")[0]
-            raise RoleLost(f"the process behind {awaited} died ({reason}).") from None
+            raise RoleLost(f"the process behind {awaited} died ({brief(error)}).") from None
 
     def _wait_for_store(self, reference: Any) -> Any:
         return self._wait(reference, "the moment store", None)
@@ -281,17 +284,8 @@ class RayRuntime:
             return "the coordinator does not answer either"
 
 
-def _actor(
-    shell: type,
-    *,
-    cpus: float,
-    gpus: float = 0.0,
-    name: str | None = None,
-    is_beside_driver: bool = False,
-) -> Any:
-    """A plain class as an actor class with its resources."""
-    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "name": name}
-    if is_beside_driver:
-        node_id = ray.get_runtime_context().get_node_id()
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(shell).options(**options)
+def _beside_driver(shell: type) -> Any:
+    """An actor class whose process is on the driver's node and asks for no resources."""
+    node_id = ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(shell).options(num_cpus=0, scheduling_strategy=here)

@@ -16,6 +16,8 @@ from rlgen.errors import RlgenError
 if TYPE_CHECKING:
     import torch
 
+_BRIEF = 160
+
 
 def work_until_stopped(
     name: str, *, fetch: Any, work: Callable[[Any], Any], fail: Any, kind: type[RlgenError]
@@ -49,6 +51,12 @@ def actor_device(num_gpus: float) -> "torch.device":
     import torch
 
     return torch.device("cuda" if num_gpus > 0 else "cpu")
+
+
+def brief(error: BaseException) -> str:
+    """The first sentence of Ray's long reports, for a message of ours."""
+    first = str(error).strip().split("\n")[0]
+    return first if len(first) <= _BRIEF else f"{first[:_BRIEF]}..."
 
 
 def explained(error: Exception, kind: type[RlgenError], worker: str) -> RlgenError:

@@ -8,6 +8,8 @@ worker without ending the run; an error in a model or a scorer ends it.
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,8 +21,17 @@ from rlgen.errors import RlgenError
 _WATCH_S = 0.2
 
 
+@dataclass(frozen=True)
+class _Crew:
+    """The workers of a role."""
+
+    make: Callable[[str], Any]
+    fewest: int
+    most: int
+
+
 class Supervisor:
-    """Keeps a fixed number of workers per role alive."""
+    """Keeps the workers of every role alive, between the fewest and the most."""
 
     def __init__(self, coordinator: Any, *, max_restarts: int) -> None:
         """Watch nobody yet.
@@ -34,29 +45,61 @@ class Supervisor:
         self._deaths: Counter[str] = Counter()
         self._coordinator = coordinator
         self._max_restarts = max_restarts
-        self._makers: dict[str, Callable[[str], Any]] = {}
+        self._crews: dict[str, _Crew] = {}
         self._actors: dict[str, Any] = {}
         self._runs: dict[ray.ObjectRef, tuple[str, str]] = {}
+        self._lives: Counter[str] = Counter()
+        self._lock = threading.RLock()  # the caller's thread and the watching one
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
-    def hire(self, role: str, count: int, make: Callable[[str], Any]) -> None:
-        """Make the workers of a role and set them to work; they load their models first."""
+    def hire(self, role: str, make: Callable[[str], Any], *, fewest: int, most: int) -> None:
+        """Make the workers that a role must have; they load their models, then work.
+
+        Args:
+            role: begins the names of its workers.
+            make: creates the actor of this name.
+            fewest: how many `await_crew` waits for.
+            most: how many there are after `expand`, as far as the cluster has room.
+        """
         self.restarts[role] = 0
-        self._makers[role] = make
-        for index in range(count):
+        self._crews[role] = _Crew(make, fewest, most)
+        for index in range(fewest):
             self._start(role, f"{role}-{index}")
 
+    def expand(self) -> None:
+        """Ask for the workers beyond the fewest.
+
+        Each comes up as soon as a node has room for it, now or later, and an autoscaler sees those
+        that wait. One that is lost with its node waits for the next node.
+        """
+        with self._lock:
+            here = {place_of(name) for name in self._actors}
+            for role, crew in self._crews.items():
+                for place in (f"{role}-{index}" for index in range(crew.fewest, crew.most)):
+                    if place not in here:
+                        self._start(role, place)
+
+    def shrink(self) -> None:
+        """Let the workers beyond the fewest go: what must be there comes up before them."""
+        with self._lock:
+            extra = {
+                f"{role}-{index}"
+                for role, crew in self._crews.items()
+                for index in range(crew.fewest, crew.most)
+            }
+            for name in [name for name in self._actors if place_of(name) in extra]:
+                self._dismiss(name)
+
     def await_crew(self, timeout_s: float) -> None:
-        """Watch over all, and wait until every place is taken by a worker that has loaded.
+        """Watch over all, and wait until the fewest workers of every role have loaded.
 
         Raises:
             RlgenError: one failed or did not come up in time.
         """
         if not self._thread.is_alive():
             self._thread.start()
-        roles = [role for role, _ in self._runs.values()]
-        crew = {role: roles.count(role) for role in self._makers}
+        crew = {role: crew.fewest for role, crew in self._crews.items()}
         try:
             missing = ray.get(self._coordinator.await_crew.remote(crew, timeout_s))
         except RayTaskError as error:  # its own text is a traceback; the cause is meant for people
@@ -83,20 +126,29 @@ class Supervisor:
 
     def _watch(self) -> None:
         while not self._is_closed.is_set():
-            ended, _ = ray.wait(list(self._runs), num_returns=1, timeout=_WATCH_S)
+            with self._lock:
+                runs = list(self._runs)
+            if not runs:
+                return
+            ended, _ = ray.wait(runs, num_returns=1, timeout=_WATCH_S)
             for reference in ended:
                 if self._is_closed.is_set():
                     return
-                role, name = self._runs.pop(reference)
-                try:
-                    ray.get(reference)  # told to stop
-                except RayError as error:
-                    if is_infrastructure(error):
-                        self._replace(role, name)
-                    else:
-                        self._coordinator.fail.remote(_meant_for_people(error, name))
-            if not self._runs:
-                return
+                with self._lock:
+                    self._look_after(reference)
+
+    def _look_after(self, reference: ray.ObjectRef) -> None:
+        """See why a worker ended."""
+        role, name = self._runs.pop(reference, ("", ""))
+        if not name:  # it was dismissed meanwhile
+            return
+        try:
+            ray.get(reference)  # told to stop
+        except RayError as error:
+            if is_infrastructure(error):
+                self._replace(role, name)
+            else:
+                self._coordinator.fail.remote(_meant_for_people(error, name))
 
     def _replace(self, role: str, name: str) -> None:
         place = place_of(name)
@@ -111,13 +163,21 @@ class Supervisor:
             )
             return
         self.restarts[role] += 1
-        ray.get(self._coordinator.release.remote(name))
-        ray.kill(self._actors.pop(name))
-        # A new name: the coordinator gives nothing more to the old one.
-        self._start(role, f"{place}{LIFE}{self.restarts[role]}")
+        self._dismiss(name)
+        self._start(role, place)
 
-    def _start(self, role: str, name: str) -> None:
-        self._actors[name] = self._makers[role](name)
+    def _dismiss(self, name: str) -> None:
+        """Take a worker's work back, and end it if it lives."""
+        self._runs = {ref: run for ref, run in self._runs.items() if run[1] != name}
+        with suppress(RayError):  # without a coordinator all starts anew
+            ray.get(self._coordinator.release.remote(name))
+        ray.kill(self._actors.pop(name))
+
+    def _start(self, role: str, place: str) -> None:
+        # Always a new name: the coordinator gives nothing more to one that was released.
+        name = f"{place}{LIFE}{self._lives[place]}" if self._lives[place] else place
+        self._lives[place] += 1
+        self._actors[name] = self._crews[role].make(name)
         self._runs[self._actors[name].run.remote()] = (role, name)
 
 

@@ -3,13 +3,14 @@
 Owns the plan that `--dry-run` prints and the checks that need no model. Must not import torch.
 """
 
+import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from rlgen.config.base import EMBEDDED, REQUIRED
-from rlgen.config.model_plan import describe_models
+from rlgen.config.model_plan import GIB, describe_models, memory_estimates
 from rlgen.config.models import model_spec
+from rlgen.config.roles import role_resources, shared_gpus
 from rlgen.config.run import PublicFile, RunConfig
 from rlgen.errors import ConfigError
 
@@ -155,16 +156,7 @@ def describe_plan(config: RunConfig) -> str:
         *describe_models(config),
     ]
     if config.runtime == "ray":
-        roles = role_resources(config)
-        lines += ["", "Actors"]
-        lines += [
-            f"  {role.count} x {role.name:<13} {role.threads} thread(s), {role.num_cpus:g} CPU and "
-            f"{role.num_gpus:g} GPU set aside for each"
-            for role in roles
-        ]
-        cpus = sum(role.count * role.num_cpus for role in roles)
-        gpus = sum(role.count * role.num_gpus for role in roles)
-        lines.append(f"  together {cpus:g} CPU, {gpus:g} GPU")
+        lines += ["", "Actors", *_describe_actors(config)]
     files = named_files(config)
     lines += ["", "Inputs"]
     lines += [f"  {key}: {value}" for key, value in files.items()]
@@ -174,28 +166,44 @@ def describe_plan(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Role:
-    """Processes of one kind and what each of them gets."""
+def _describe_actors(config: RunConfig) -> list[str]:
+    """Processes by role, what is set aside for them, and how they divide GPUs."""
+    roles = role_resources(config)
+    most = {"rollout": config.rollout.num_workers, "reward": config.reward.num_workers}
+    lines = []
+    for role in roles:
+        upper = most.get(role.name, role.count)
+        count = f"{role.count}" if upper == role.count else f"{role.count} to {upper}"
+        labels = "".join(f", {key}={value}" for key, value in role.label_selector.items())
+        lines.append(
+            f"  {count} x {role.name:<13} {role.threads} thread(s), {role.num_cpus:g} CPU and "
+            f"{role.num_gpus:g} GPU set aside for each{labels}"
+        )
+    cpus = sum(role.count * role.num_cpus for role in roles)
+    gpus = sum(role.count * role.num_gpus for role in roles)
+    return [*lines, f"  together {cpus:g} CPU, {gpus:g} GPU", *_describe_sharing(config)]
 
-    name: str
-    count: int
-    threads: int
-    num_cpus: float
-    num_gpus: float
 
-
-def role_resources(config: RunConfig, *, with_learner: bool = True) -> list[Role]:
-    """What a run asks of the cluster; without a learner it only samples and scores."""
-    rollout, reward, learner = config.rollout, config.reward, config.learner
-    roles = [
-        Role("rollout", rollout.num_workers, rollout.threads, rollout.num_cpus, rollout.num_gpus),
-        Role("reward", reward.num_workers, reward.threads, reward.num_cpus, reward.num_gpus),
-    ]
-    if not with_learner:
-        return roles
+def _describe_sharing(config: RunConfig) -> list[str]:
+    """How roles that ask for parts of a GPU divide it, and whether that fits by estimate."""
+    shares = shared_gpus(config)
+    if not shares:
+        return []
+    together = sum(shares.values())
+    num_gpus = math.ceil(together - 1e-6)
+    where = "one GPU" if num_gpus == 1 else f"at least {num_gpus} GPUs"
+    listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+    lines = [f"  shared: {listed}: {together:g}, on {where}"]
+    if config.policy.model is None or num_gpus > 1:
+        return lines
+    counts = {role.name: role.count for role in role_resources(config)}
+    needed = sum(
+        estimate.total * counts[estimate.role] / GIB
+        for estimate in memory_estimates(config)
+        if estimate.role in shares
+    )
     return [
-        *roles,
-        Role("moment store", 1, reward.threads, reward.num_cpus, 0.0),
-        Role("learner", learner.num_workers, learner.threads, learner.num_cpus, learner.num_gpus),
+        *lines,
+        f"  it needs {needed / 0.9:.2f} GiB by estimate, a tenth left free, and on top what "
+        "scorers, extractor and judge take",
     ]

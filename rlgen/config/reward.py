@@ -181,13 +181,17 @@ class RewardConfig(Section):
     """Scoring: the reward actors, and what they score."""
 
     num_workers: PositiveInt = 1
-    """Reward actors."""
+    """Reward actors; with min_workers, the most that join while the cluster has room."""
+    min_workers: PositiveInt | None = None
+    """Reward actors that a run starts and goes on with; null waits for all num_workers."""
     threads: PositiveInt = 1
     """CPU threads of each reward actor, and of the moment store."""
     num_cpus: NonNegative = 0.25
     """CPUs that Ray sets aside for each reward actor, and for the moment store."""
     num_gpus: NonNegative = 0.0
     """GPUs (or a share of one) for each reward actor."""
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes for reward actors, such as `ray.io/market-type: spot`."""
     scorers: dict[str, ScorerConfig | None] = Field(default_factory=_default_scorers)
     """Instance rewards by name; null removes one."""
     loo_fid: LooFidConfig | None = LooFidConfig()
@@ -205,6 +209,11 @@ class RewardConfig(Section):
                     "digits, _ and -, and not loo_fid"
                 )
         return scorers
+
+    @property
+    def fewest_workers(self) -> int:
+        """Reward actors that there must be."""
+        return self.min_workers or self.num_workers
 
     @property
     def active_scorers(self) -> dict[str, AnyScorerConfig]:

@@ -21,7 +21,6 @@ from rlgen.config.reward import (
     RewardConfig,
 )
 from rlgen.config.tree import flatten
-from rlgen.config.weights import WeightsConfig
 
 
 class PublicFile(Section):
@@ -60,13 +59,19 @@ class RolloutConfig(Section):
     """Sampling: how many images a step has, how they are cut into units, who samples them."""
 
     num_workers: PositiveInt = 2
-    """Rollout actors."""
+    """Rollout actors; with min_workers, the most that join while the cluster has room."""
+    min_workers: PositiveInt | None = None
+    """Rollout actors that a run starts and goes on with; the others, up to num_workers, join when
+    nodes join and leave with them. null waits for all."""
     threads: PositiveInt = 1
     """CPU threads of each rollout actor."""
     num_cpus: NonNegative = 0.25
     """CPUs that Ray sets aside for each rollout actor; roles that take turns may share one."""
     num_gpus: NonNegative = 0.0
     """GPUs (or a share of one) for each rollout actor."""
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes for rollout actors, such as `ray.io/market-type: spot`; Ray also knows
+    `!x`, `in(x, y)` and `!in(x, y)`."""
     conditions_per_step: PositiveInt = 60
     """Conditions (classes) of a step; classes are balanced and shuffled."""
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -86,6 +91,11 @@ class RolloutConfig(Section):
     """Guide only the tokens up to this position plus 1; null guides all."""
     dtype: Dtype = "float32"
     """Number format of the samplers' weights and arithmetic."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Rollout actors that there must be."""
+        return self.min_workers or self.num_workers
 
 
 class EvaluationConfig(Section):
@@ -132,6 +142,9 @@ class CheckpointConfig(Section):
     failed."""
     retries: Annotated[int, Field(ge=0)] = 8
     """How often each file is tried again, after pauses of 1, 2, 4 ... up to 30 s."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint of an interrupted run with the same settings, when
+    the same command is given again."""
     resume_from: str | None = None
     """A checkpoint (`.../step-00040`) to go on from; with the same config the run ends as if it
     had never been interrupted."""
@@ -153,12 +166,17 @@ class ClusterConfig(Section):
     """`auto` takes the cluster that RAY_ADDRESS names and starts one here if there is none."""
     namespace: str = "rlgen"
     """Ray namespace of the named actors."""
+    placement_timeout_s: Positive = 20.0
+    """How long a run waits for free resources before it stops and says what is missing; where
+    nodes are added on demand, give them the time to come."""
     start_timeout_s: Positive = 120.0
     """How long actors may take to come up before the run stops and says what is missing."""
     step_timeout_s: Positive = 600.0
     """Longest wait for sampling, scoring or learning of one step."""
-    max_restarts: Annotated[int, Field(ge=0)] = 10
-    """Rollout and reward actors that may be replaced before the run gives up."""
+    heartbeat_timeout_s: Positive = 15.0
+    """A process that gives no sign of life for so long hangs: it is killed and replaced."""
+    max_restarts: Annotated[int, Field(ge=0)] = 5
+    """How often a process may be replaced within one step before the run gives up."""
 
 
 class RunConfig(Section):
@@ -193,7 +211,6 @@ class RunConfig(Section):
     grpo: GrpoConfig = GrpoConfig()
     entropy: EntropyConfig = EntropyConfig()
     learner: LearnerConfig = LearnerConfig()
-    weights: WeightsConfig = WeightsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     guard: GuardConfig = GuardConfig()
     replay: ReplayConfig = ReplayConfig()
@@ -224,6 +241,16 @@ class RunConfig(Section):
                 "grpo.reference = ema needs a second copy of the weights, which learner.lora "
                 "saves; use reference frozen, or lora null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _crews_fit(self) -> Self:
+        for name, crew in (("rollout", self.rollout), ("reward", self.reward)):
+            if crew.fewest_workers > crew.num_workers:
+                raise ValueError(
+                    f"{name}.min_workers = {crew.min_workers} is above {name}.num_workers = "
+                    f"{crew.num_workers}, which is the most; raise that one"
+                )
         return self
 
     @model_validator(mode="after")

@@ -48,7 +48,7 @@ class PeakMemory:
     def sample(self) -> float:
         """Measure now, remember the peak, and return this measurement in GiB."""
         me = psutil.Process()
-        total = sum(_pss_bytes(process) for process in [me, *me.children(recursive=True)])
+        total = sum(pss_bytes(process) for process in [me, *me.children(recursive=True)])
         self._peak_bytes = max(self._peak_bytes, total)
         return total / BYTES_PER_GIB
 
@@ -58,7 +58,7 @@ class PeakMemory:
             self._stop.wait(self._interval_s)
 
 
-def _pss_bytes(process: psutil.Process) -> int:
+def pss_bytes(process: psutil.Process) -> int:
     """Proportional set size; resident size where the kernel doesn't tell; 0 if it has ended."""
     try:
         for line in Path(f"/proc/{process.pid}/smaps_rollup").read_bytes().splitlines():
