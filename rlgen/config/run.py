@@ -21,6 +21,7 @@ from rlgen.config.reward import (
     RewardConfig,
 )
 from rlgen.config.tree import flatten
+from rlgen.config.weights import WeightsConfig
 
 
 class PublicFile(Section):
@@ -211,6 +212,7 @@ class RunConfig(Section):
     grpo: GrpoConfig = GrpoConfig()
     entropy: EntropyConfig = EntropyConfig()
     learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     guard: GuardConfig = GuardConfig()
     replay: ReplayConfig = ReplayConfig()

@@ -15,8 +15,8 @@ from rlgen.jobs.cli import run_job
 COMMANDS = {
     "sample": "rlgen.jobs.bench_sample",
     "learn": "rlgen.jobs.bench_learn",
-    "orchestration": "rlgen.jobs.bench_orchestration",
     "weights": "rlgen.jobs.bench_weights",
+    "orchestration": "rlgen.jobs.bench_orchestration",
 }
 
 
