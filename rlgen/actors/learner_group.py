@@ -74,7 +74,8 @@ def _obey(command: LearnerCommand, learner: Learner, publisher: Publisher | None
         metrics = learner.update(command.batches[0])
         return metrics | _publish(learner, publisher)
     if command.kind == "digest":
-        return state_sha256(learner.policy_state()) if rank == 0 else None
+        state = learner.policy_state()  # every rank helps to gather it
+        return state_sha256(state) if rank == 0 else None
     return None
 
 

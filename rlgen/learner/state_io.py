@@ -53,12 +53,13 @@ class LearnerSaver:
             uri: the checkpoint's folder.
             is_writer: True on rank 0 alone.
         """
-        if self._writing is not None and not self._writing.done():
+        is_busy = self._writing is not None and not self._writing.done()
+        # Even if nothing will be written: the other ranks wait for this one's shards.
+        parts = snapshot_learner(learner, is_kept=is_writer and not is_busy)
+        if is_busy:
             reason = f"{without_credentials(self._uri)} is still being written."
             self._tell(uri, StorageError(reason))
-            return
-        parts = snapshot_learner(learner, is_kept=is_writer)
-        if is_writer:
+        elif is_writer:
             settings = learner.config.checkpoint
             self._uri = uri
             self._writing = in_background(
