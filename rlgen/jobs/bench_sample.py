@@ -57,7 +57,7 @@ def measure(request: argparse.Namespace) -> dict[str, Any]:
     )
     policy = random_policy(request.model, device=device).requires_grad_(False)
     check_guidance(policy, settings)
-    cast_parameters(policy, request.dtype)
+    cast_parameters(policy, request.dtype, keep=policy.float32_parts)
     class_ids_B = torch.arange(request.batch, device=device) % policy.num_classes
     noise_BL = uniform_noise(
         seed=0,

@@ -42,6 +42,7 @@ class PackedLinears:
         if packed is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return tuple(layer(x_RD) for layer in layers)
         weight, bias = packed
+        x_RD = x_RD.to(weight.dtype)
         together = torch.ops.mkldnn._linear_pointwise(x_RD, weight, bias, "none", [], "")
         return together.chunk(len(layers), dim=-1) if len(layers) > 1 else (together,)
 

@@ -143,7 +143,7 @@ class CaptionEmbedding(nn.Module):
         self.num_valid_N = captions.num_valid_N.to(device)
 
     def forward(self, class_ids_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots [B, S, D] of these captions, and which of them are valid, [B, S] bool.
+        """Slots [B, S, D] float32 of these captions, and which of them are valid, [B, S] bool.
 
         Raises:
             ConfigError: there are no captions.
@@ -165,4 +165,5 @@ class CaptionEmbedding(nn.Module):
         features_BSW = features_BTW.gather(1, index_BSW) * valid_BS[..., None]
         learned_SW = self.uncond_embedding[-num_slots:].to(features_BSW.dtype)
         features_BSW = torch.where(is_null_B11, learned_SW, features_BSW)
-        return self.cap_proj(features_BSW.to(self.cap_proj.fc1.weight.dtype)), valid_BS
+        slots_BSD = self.cap_proj(features_BSW.to(self.cap_proj.fc1.weight.dtype))
+        return slots_BSD.float(), valid_BS

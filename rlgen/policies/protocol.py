@@ -30,6 +30,8 @@ class Policy(Protocol):
     guidance_ramp: tuple[float, ...]
     """Per block the share of the guidance that applies: all 1, or rising over VAR's scales."""
 
+    float32_parts: tuple[str, ...]
+    """What stays float32 when the rest is cast: parameters or submodules, by their own names."""
     gradient_checkpointing: bool
     """Keep only each transformer block's input for the backward pass."""
 

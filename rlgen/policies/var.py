@@ -113,6 +113,16 @@ class VAR(OneNullClass, nn.Module):
     """The transformer: the class is the input of the first scale, and modulates every block."""
 
     lvl_1L: Tensor
+    float32_parts = (
+        "pos_start",
+        "pos_1LC",
+        "word_embed",
+        "class_emb",
+        "lvl_embed",
+        "scale_mul_1H11",
+        "ada_gss",
+        "head",
+    )
 
     def __init__(self, config: VarConfig, quantizer: MultiScaleQuantizer) -> None:
         """Make a policy with random weights.

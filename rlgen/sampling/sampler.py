@@ -27,7 +27,7 @@ class Sampler:
     def __init__(self, policy: Any, *, device: torch.device, dtype: Dtype = "float32") -> None:
         """Take over a policy module that follows the Policy protocol; its version is 0."""
         self.policy = policy.requires_grad_(False)
-        cast_parameters(policy, dtype)
+        cast_parameters(policy, dtype, keep=policy.float32_parts)
         self.device = device
         self.policy_version = 0
 

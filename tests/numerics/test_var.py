@@ -178,7 +178,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
 def test_in_bfloat16_the_learner_scores_what_the_sampler_drew(cfg_scale, variant) -> None:
     learner = tiny_var(**variant)
     rounded = copy.deepcopy(learner)
-    cast_parameters(rounded, "bfloat16")
+    cast_parameters(rounded, "bfloat16", keep=rounded.float32_parts)
     settings = SamplingSettings(cfg_scale=cfg_scale)
     class_ids_B = torch.arange(4).repeat_interleave(8)
     noise = noise_for(learner, class_ids_B)
@@ -201,7 +201,7 @@ def test_in_bfloat16_the_learner_scores_what_the_sampler_drew(cfg_scale, variant
 def test_in_bfloat16_inputs_and_logits_stay_float32() -> None:
     policy = tiny_var()
     before = policy.quantizer.embedding.weight.clone()
-    cast_parameters(policy, "bfloat16")
+    cast_parameters(policy, "bfloat16", keep=policy.float32_parts)
     policy.to(torch.bfloat16)
     assert torch.equal(policy.quantizer.embedding.weight, before)
     class_ids_B, tokens_BL = random_images(policy, batch=2)
