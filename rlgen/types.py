@@ -59,7 +59,7 @@ class WorkUnit:
     """Which of the unit's images the reward worker returns as thumbnails."""
     is_detailed: bool = False
     """Whether an evaluation also asks for features in the LOO-FID extractor's space and for the
-    judge's class logits."""
+    judge's class logits and spatial features."""
 
     @property
     def num_images(self) -> int:
@@ -98,6 +98,8 @@ class ScoredRollout:
     scoring_s: float
     judge_logits_BC: np.ndarray | None = None
     """float32 [B, C]; only for detailed units, None if the judge has no class logits."""
+    judge_spatial_BS: np.ndarray | None = None
+    """float32 [B, S]; only for detailed units, None if the judge has no spatial features."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Owns the folder `units/scale-1.5/images-0000000-0000249.npz`, and the key that says what the units
 depend on. Must not know how they are made or measured.
 
-Shapes: B images of a unit, F features, C classes.
+Shapes: B images of a unit, F features, C classes, S spatial features.
 """
 
 import hashlib
@@ -24,6 +24,8 @@ from rlgen.storage import atomic_path, cached_file, is_url, sha256_hex, without_
 from rlgen.types import ScoredRollout, WorkUnit
 
 KEY_NAME = "key.json"
+_FORMAT = 2
+"""Of the units' files."""
 _DECISIVE = (
     "policy.",
     "tokenizer.",
@@ -39,7 +41,7 @@ _DECISIVE = (
 )
 _INDIFFERENT = (".weight", ".sha256", ".judge_reference")
 _LONG_VALUE = 200
-_OPTIONAL = ("judge_logits", "judge_hits", "features")
+_OPTIONAL = ("judge_logits", "judge_spatial", "judge_hits", "features")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class JudgedUnit:
     """float32, in the judge's space."""
     judge_logits_BC: np.ndarray | None
     """float32; None if the judge has no classes."""
+    judge_spatial_BS: np.ndarray | None
+    """float32; None if the judge has no spatial features."""
     judge_hits_B: np.ndarray | None
     """bool; None if the judge does not know the images' classes."""
     features_BF: np.ndarray | None
@@ -65,6 +69,7 @@ class JudgedUnit:
         return cls(
             judge_features_BF=scored.judge_features_BF,
             judge_logits_BC=scored.judge_logits_BC,
+            judge_spatial_BS=scored.judge_spatial_BS,
             judge_hits_B=scored.judge_hits_B,
             features_BF=scored.features_BF,
             rewards=scored.rewards,
@@ -108,6 +113,7 @@ class FinishedUnits:
         arrays: dict[str, Any] = {
             "judge_features": unit.judge_features_BF,
             "judge_logits": unit.judge_logits_BC,
+            "judge_spatial": unit.judge_spatial_BS,
             "judge_hits": unit.judge_hits_B,
             "features": unit.features_BF,
             "sampling_s": np.float64(unit.sampling_s),
@@ -133,10 +139,11 @@ class FinishedUnits:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = dict(archive)
-            logits, hits, features = (arrays.get(name) for name in _OPTIONAL)
+            logits, spatial, hits, features = (arrays.get(name) for name in _OPTIONAL)
             return JudgedUnit(
                 judge_features_BF=arrays["judge_features"],
                 judge_logits_BC=logits,
+                judge_spatial_BS=spatial,
                 judge_hits_B=hits,
                 features_BF=features,
                 rewards={
@@ -182,7 +189,7 @@ def evaluation_key(config: RunConfig) -> dict[str, Any]:
         StorageError: a file can't be read.
     """
     files = named_files(config)
-    key: dict[str, Any] = {}
+    key: dict[str, Any] = {"format": _FORMAT}
     for name, value in config.flattened().items():
         if not name.startswith(_DECISIVE) or name.endswith(_INDIFFERENT):
             continue

@@ -1,35 +1,38 @@
 """From a shard of images to its share of the reference moments. The plain object in an actor.
 
-Owns the arithmetic of one shard, what is kept of it on disk, and the sum of all shards. The sum
-depends on the shards alone: not on how many workers read them, nor on interruptions.
+Owns the arithmetic of one shard. Must not know what is kept of it on disk (partial.py does) nor
+who reads which shard.
 
-Shapes: B images of a batch, N images of a shard, F features.
+Shapes: B images of a batch, N images of a shard, F features, S spatial features.
 """
 
-import io
 import time
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlgen.errors import ConfigError, NumericsError, StorageError
+from rlgen.errors import ConfigError, NumericsError
 from rlgen.evaluation.images import ImageItem, Shard
+from rlgen.evaluation.partial import (
+    DIGEST_RANGE,
+    SHOWN_PROBLEMS,
+    Partial,
+    read_partial,
+    write_partial,
+)
 from rlgen.evaluation.pixels import Picture, decode
 from rlgen.features.extractor import FeatureExtractor
-from rlgen.moments.moments import Moments, batch_moments, merge
-from rlgen.storage import join, open_binary, read_bytes, write_bytes
+from rlgen.features.outputs import ExtractorOutputs
+from rlgen.moments.moments import Moments, batch_moments
 
 FOLD = 1024
 """Images whose features are turned into moments at once; a restart begins after a fold."""
 SAVE_EVERY_S = 60.0
-SHOWN_PROBLEMS = 5
-_DIGEST_RANGE = 2**256
 
 
 @dataclass(frozen=True)
@@ -41,52 +44,12 @@ class MeasureSettings:
     threads: int
     """Threads that decode."""
     keeps_features: bool
-    """Keep every feature vector, as a judge's reference needs, instead of moments."""
+    """Keep every feature vector, and the moments of spatial features, as a judge's reference needs;
+    else the moments of the features."""
     stops_at_problem: bool
     """Whether the first image that can't be decoded is an error."""
     folder: str
     """Path or URL of the results of shards; every worker must see it."""
-
-
-@dataclass
-class Partial:
-    """What is known of the first images of a shard."""
-
-    num_seen: int = 0
-    """Images read, decodable or not."""
-    num_bad: int = 0
-    problems: list[str] = field(default_factory=list)
-    """The first few of those that could not be decoded."""
-    digest: int = 0
-    """Sum of the files' sha256, modulo 2^256: the same in any order and any packing."""
-    moments: Moments | None = None
-    features: list[Tensor] = field(default_factory=list)
-    """float32 [., F] each, in order."""
-    class_sums: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
-    """Number of images and sum of features [F] float64 of each class."""
-    num_unlabelled: int = 0
-    is_complete: bool = False
-
-    @property
-    def num_images(self) -> int:
-        """Images that count."""
-        return self.num_seen - self.num_bad
-
-    def add(self, other: "Partial") -> None:
-        """Take in the images that follow."""
-        self.num_seen += other.num_seen
-        self.num_bad += other.num_bad
-        self.problems = (self.problems + other.problems)[:SHOWN_PROBLEMS]
-        self.digest = (self.digest + other.digest) % _DIGEST_RANGE
-        if self.moments is None or other.moments is None:
-            self.moments = self.moments or other.moments
-        else:
-            self.moments = merge(self.moments, other.moments)
-        self.features += other.features
-        for name, (count, sum_F) in other.class_sums.items():
-            ours, our_sum_F = self.class_sums.get(name, (0, torch.zeros_like(sum_F)))
-            self.class_sums[name] = (ours + count, our_sum_F + sum_F)
-        self.num_unlabelled += other.num_unlabelled
 
 
 class ShardReader:
@@ -124,10 +87,10 @@ class ShardReader:
                 done.add(fold)
                 on_images(done.num_seen)
                 if time.monotonic() - saved_s > SAVE_EVERY_S:
-                    _write_partial(self._settings.folder, shard, done)
+                    write_partial(self._settings.folder, shard, done)
                     saved_s = time.monotonic()
         done.is_complete = True
-        _write_partial(self._settings.folder, shard, done)
+        write_partial(self._settings.folder, shard, done)
         return done.num_seen
 
     def _pictures(self, pool: ThreadPoolExecutor, items: Iterable[ImageItem]) -> Iterator[Picture]:
@@ -144,7 +107,7 @@ class ShardReader:
     def _fold(self, pictures: Iterator[Picture]) -> Partial:
         """The next FOLD images; fewer at the shard's end."""
         fold = Partial()
-        rows: list[Tensor] = []
+        parts: list[ExtractorOutputs] = []
         labels: list[str | None] = []
         batch: list[Picture] = []
         while fold.num_seen < FOLD and (picture := next(pictures, None)) is not None:
@@ -152,22 +115,24 @@ class ShardReader:
             if picture.pixels_u8 is None:
                 self._note_problem(fold, picture)
                 continue
-            fold.digest = (fold.digest + picture.file_sha256) % _DIGEST_RANGE
+            fold.digest = (fold.digest + picture.file_sha256) % DIGEST_RANGE
             labels.append(picture.label)
             batch.append(picture)
             if len(batch) == self._settings.batch_size:
-                rows.append(self._features(batch))
+                parts.append(self._outputs(batch))
                 batch = []
         if batch:
-            rows.append(self._features(batch))
-        if not rows:
+            parts.append(self._outputs(batch))
+        if not parts:
             return fold
-        features_NF = torch.cat(rows)
+        features_NF = torch.cat([part.features_BF for part in parts])
         if self._settings.keeps_features:
             fold.features = [features_NF.float().cpu()]
+            spatial = [part.spatial_BS for part in parts if part.spatial_BS is not None]
+            if spatial:
+                fold.spatial = _moments_on_cpu(torch.cat(spatial))
             return fold
-        moments = batch_moments(features_NF)
-        fold.moments = Moments(moments.count, moments.mean_F.cpu(), moments.cov_FF.cpu())
+        fold.moments = _moments_on_cpu(features_NF)
         fold.class_sums = _sum_by_class(features_NF.double().cpu(), labels)
         fold.num_unlabelled = labels.count(None)
         return fold
@@ -182,17 +147,23 @@ class ShardReader:
         fold.num_bad += 1
         fold.problems = [*fold.problems, told][:SHOWN_PROBLEMS]
 
-    def _features(self, batch: list[Picture]) -> Tensor:
+    def _outputs(self, batch: list[Picture]) -> ExtractorOutputs:
         pixels = np.stack([p.pixels_u8 for p in batch if p.pixels_u8 is not None])
         images_01 = torch.from_numpy(pixels).to(self._device).float() / 255
         with torch.inference_mode():
-            features_BF = self._extractor(images_01)
-        if not torch.isfinite(features_BF).all():
-            bad = int((~torch.isfinite(features_BF).all(dim=1)).nonzero()[0])
+            outputs = self._extractor.outputs(images_01)
+        finite_B = torch.isfinite(outputs.features_BF).all(dim=1)
+        if not finite_B.all():
+            bad = int((~finite_B).nonzero()[0])
             raise NumericsError(
                 f"the features of {batch[bad].name} are not finite; check --extractor."
             )
-        return features_BF
+        return outputs
+
+
+def _moments_on_cpu(rows_NF: Tensor) -> Moments:
+    moments = batch_moments(rows_NF)
+    return Moments(moments.count, moments.mean_F.cpu(), moments.cov_FF.cpu())
 
 
 def _sum_by_class(features_NF: Tensor, labels: list[str | None]) -> dict[str, tuple[int, Tensor]]:
@@ -206,98 +177,3 @@ def _sum_by_class(features_NF: Tensor, labels: list[str | None]) -> dict[str, tu
     sums_KF.index_add_(0, classes, features_NF[rows])
     counts = torch.bincount(classes, minlength=len(names)).tolist()
     return {name: (counts[place], sums_KF[place]) for name, place in places.items()}
-
-
-def _location(folder: str, shard: Shard) -> str:
-    return join(folder, f"shard-{shard.index:05d}.npz")
-
-
-def _write_partial(folder: str, shard: Shard, done: Partial) -> None:
-    arrays: dict[str, np.ndarray] = {
-        "numbers": np.array(
-            [done.num_seen, done.num_bad, done.num_unlabelled, done.is_complete], dtype=np.int64
-        ),
-        "problems": np.array(done.problems, dtype=np.str_),
-        "digest": np.array(f"{done.digest:064x}"),
-        "class_names": np.array(list(done.class_sums), dtype=np.str_),
-        "class_counts": np.array([count for count, _ in done.class_sums.values()], dtype=np.int64),
-    }
-    if done.class_sums:
-        arrays["class_sums"] = np.stack([total.numpy() for _, total in done.class_sums.values()])
-    if done.moments is not None:
-        arrays |= {"mean": done.moments.mean_F.numpy(), "cov": done.moments.cov_FF.numpy()}
-    if done.features:
-        arrays["features"] = torch.cat(done.features).numpy()
-    stream = io.BytesIO()
-    np.savez(stream, **arrays)  # type: ignore[arg-type]
-    write_bytes(_location(folder, shard), stream.getvalue())
-
-
-def done_shards(folder: str, shards: Iterable[Shard]) -> dict[int, int]:
-    """Images seen, by index, of the shards whose results are complete; reads no moments.
-
-    Raises:
-        StorageError: a result is there and can't be read.
-    """
-    done = {}
-    for shard in shards:
-        try:
-            with open_binary(_location(folder, shard)) as stream, np.load(stream) as archive:
-                num_seen, _, _, is_complete = archive["numbers"].tolist()
-        except StorageError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                continue
-            raise
-        if is_complete:
-            done[shard.index] = num_seen
-    return done
-
-
-def read_partial(folder: str, shard: Shard) -> Partial | None:
-    """Read what is kept of a shard; None if nothing is.
-
-    Raises:
-        StorageError: it is there and can't be read.
-    """
-    location = _location(folder, shard)
-    try:
-        payload = read_bytes(location)
-    except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
-    try:
-        with np.load(io.BytesIO(payload), allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise StorageError(f"{location} is damaged ({error}); delete it and run again.") from error
-    num_seen, num_bad, num_unlabelled, is_complete = arrays["numbers"].tolist()
-    done = Partial(num_seen, num_bad, arrays["problems"].tolist(), int(str(arrays["digest"]), 16))
-    done.num_unlabelled, done.is_complete = num_unlabelled, bool(is_complete)
-    tensor = {k: torch.from_numpy(v) for k, v in arrays.items() if v.dtype.kind == "f"}
-    if "mean" in tensor:
-        done.moments = Moments(float(done.num_images), tensor["mean"], tensor["cov"])
-    if "features" in tensor:
-        done.features = [tensor["features"]]
-    names, counts = arrays["class_names"].tolist(), arrays["class_counts"].tolist()
-    for place, (name, count) in enumerate(zip(names, counts, strict=True)):
-        done.class_sums[name] = (count, tensor["class_sums"][place])
-    return done
-
-
-def add_up(folder: str, shards: Iterable[Shard]) -> Partial:
-    """Merge the results of all shards, in their order.
-
-    Raises:
-        StorageError: a result is missing or can't be read.
-    """
-    whole = Partial()
-    for shard in shards:
-        part = read_partial(folder, shard)
-        if part is None or not part.is_complete:
-            raise StorageError(
-                f"a shard's result is missing in {folder}; every worker must write to the folder "
-                "that this process reads, so put --output on shared storage or in an object store."
-            )
-        whole.add(part)
-    return whole

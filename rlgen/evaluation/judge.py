@@ -2,7 +2,7 @@
 
 Owns the metrics of an evaluation. Must not know who sampled the images.
 
-Shapes: B images, F features, R real images.
+Shapes: B images, F features, R real images, S spatial features.
 """
 
 import zipfile
@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,19 +34,38 @@ class RealFeatures:
     neighbors_NF: Tensor
     """float32 [N, F]: the fixed subset that precision and recall compare with."""
     moments: Moments
+    spatial: Moments | None = None
+    """Of the real images' spatial features, for sFID; None if the file has none."""
 
 
 def save_real_features(
-    path: str, *, feature_space: str, features_RF: Tensor, neighbors_NF: Tensor
+    path: str,
+    *,
+    feature_space: str,
+    features_RF: Tensor,
+    neighbors_NF: Tensor,
+    spatial: Moments | None = None,
 ) -> None:
-    """Write features of real images as .npz."""
+    """Write features of real images as .npz.
+
+    Args:
+        path: local.
+        feature_space: the judge's id.
+        features_RF: float32.
+        neighbors_NF: float32, some of these.
+        spatial: moments of the same images' spatial features, if the judge has any.
+    """
+    arrays: dict[str, Any] = {
+        "feature_space": np.str_(feature_space),
+        "features": features_RF.numpy(),
+        "neighbors": neighbors_NF.numpy(),
+    }
+    if spatial is not None:
+        arrays["spatial_count"] = np.int64(spatial.count)
+        arrays["spatial_mean"] = spatial.mean_F.numpy()
+        arrays["spatial_cov"] = spatial.cov_FF.numpy()
     with open(path, "wb") as stream:
-        np.savez(
-            stream,
-            feature_space=np.str_(feature_space),
-            features=features_RF.numpy(),
-            neighbors=neighbors_NF.numpy(),
-        )
+        np.savez(stream, **arrays)
 
 
 def load_real_features(location: str) -> RealFeatures:
@@ -64,12 +84,21 @@ def load_real_features(location: str) -> RealFeatures:
             space = str(archive["feature_space"])
             features = torch.from_numpy(archive["features"])
             neighbors = torch.from_numpy(archive["neighbors"])
+            spatial = _spatial_moments(archive) if "spatial_mean" in archive.files else None
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
             f"evaluation.judge_reference = {location} is no file of real features "
-            f"({type(error).__name__}: {error}); make it with the pretrain job."
+            f"({type(error).__name__}: {error}); make it with the "
+            "reference_moments job and --judge-features."
         ) from None
-    return RealFeatures(space, features, neighbors, batch_moments(features))
+    return RealFeatures(space, features, neighbors, batch_moments(features), spatial)
+
+
+def _spatial_moments(archive: np.lib.npyio.NpzFile) -> Moments:
+    count, mean_S, cov_SS = (archive[f"spatial_{name}"] for name in ("count", "mean", "cov"))
+    if mean_S.ndim != 1 or cov_SS.shape != (len(mean_S), len(mean_S)):
+        raise ValueError(f"spatial_mean is {list(mean_S.shape)}, spatial_cov {list(cov_SS.shape)}")
+    return Moments(float(count), torch.from_numpy(mean_S), torch.from_numpy(cov_SS))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Owns which metric is taken over which images. Must not know where units come from.
 
-Shapes: N generated images, R real images, F features.
+Shapes: N generated images, R real images, F features, S spatial features.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from torch import Tensor
 from rlgen.evaluation.finished import JudgedUnit
 from rlgen.evaluation.judge import RealFeatures
 from rlgen.evaluation.metrics import (
-    SCORE_SPLITS,
     Spread,
     frechet_of_features,
     inception_score,
@@ -36,8 +35,10 @@ class Measured:
     num_images: int
     fid: float
     """Frechet distance in the judge's features, full covariance, divisors count - 1."""
+    sfid: float | None
+    """The same in the judge's spatial features."""
     fd_second: float | None
-    """The same in the reward extractor's features."""
+    """Frechet distance in the reward extractor's features."""
     kid: float
     kid_std: float
     """Over the subsets."""
@@ -57,6 +58,8 @@ class Measured:
     """Sampling of one rollout worker, median over its units."""
     model_evaluations_per_image: int
     """Forward passes of the policy, with guidance twice."""
+    missing: dict[str, str]
+    """Metrics that are None, and why."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -65,7 +68,7 @@ class Measured:
     def as_metrics(self) -> dict[str, float]:
         """Flat names and numbers for the tracker."""
         values = self.as_json()
-        rewards = values.pop("rewards")
+        rewards, _ = values.pop("rewards"), values.pop("missing")
         return {name: float(value) for name, value in values.items() if value is not None} | {
             f"reward/{name}": value for name, value in rewards.items()
         }
@@ -92,6 +95,7 @@ def measure(
     features_NF = _joined([unit.judge_features_BF for unit in units])
     logits_NC = _joined([unit.judge_logits_BC for unit in units])
     second_NF = _joined([unit.features_BF for unit in units])
+    spatial_NS = _joined([unit.judge_spatial_BS for unit in units])
     hits_N = _joined([unit.judge_hits_B for unit in units])
     assert features_NF is not None, "an evaluation has at least one unit"
     kid = kernel_distance(features_NF, real.features_RF)
@@ -99,14 +103,22 @@ def measure(
         features_NF[: len(real.neighbors_NF)], real.neighbors_NF, num_neighbors=num_neighbors
     )
     score: Spread | None = None
-    if logits_NC is not None and len(logits_NC) >= SCORE_SPLITS:
+    if logits_NC is not None:
         score = inception_score(logits_NC)
+    missing: dict[str, str] = {}
+    if spatial_NS is None or real.spatial is None:
+        missing["sfid"] = _why_no_sfid(real, spatial_NS)
+    if second is None or second_NF is None:
+        missing["fd_second"] = "reward.loo_fid is null"
+    if score is None:
+        missing["inception_score"] = "the judge has no class logits; FID's Inception has"
+    if hits_N is None:
+        missing["accuracy"] = "the judge knows no classes, or others than the policy's"
     return Measured(
         num_images=len(features_NF),
         fid=frechet_of_features(features_NF, real.features_RF),
-        fd_second=None
-        if second is None or second_NF is None
-        else frechet_distance(batch_moments(second_NF), second, unbiased=True),
+        sfid=_distance(spatial_NS, real.spatial),
+        fd_second=_distance(second_NF, second),
         kid=kid.mean,
         kid_std=kid.std,
         precision=near.precision,
@@ -121,10 +133,28 @@ def measure(
         },
         images_per_s=median(len(unit.judge_features_BF) / unit.sampling_s for unit in units),
         model_evaluations_per_image=model_evaluations_per_image,
+        missing=missing,
     )
+
+
+def _why_no_sfid(real: RealFeatures, spatial_NS: Tensor | None) -> str:
+    if spatial_NS is None:
+        return f"the judge {real.feature_space} has no spatial features; FID's Inception has"
+    return (
+        "evaluation.judge_reference has no statistics of spatial features; make it again with the "
+        "reference_moments job and --judge-features"
+    )
+
+
+def _distance(rows_NF: Tensor | None, real: Moments | None) -> float | None:
+    """FID's distance; None where one side has nothing."""
+    if rows_NF is None or real is None:
+        return None
+    return frechet_distance(batch_moments(rows_NF), real, unbiased=True)
 
 
 def _joined(parts: Sequence[np.ndarray | None]) -> Tensor | None:
     """All units' rows, or None where the units have none."""
     found = [part for part in parts if part is not None]
+    assert len(found) in (0, len(parts)), "units of one evaluation have the same parts"
     return torch.from_numpy(np.concatenate(found)) if found else None

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from rlgen.evaluation.image_moments import Partial
 from rlgen.evaluation.judge import save_real_features
+from rlgen.evaluation.partial import Partial
 from rlgen.evaluation.pixels import describe_preprocessing
 from rlgen.moments.classes import ClassMeans, sort_class_names
 from rlgen.moments.reference import ReferenceMoments
@@ -48,7 +48,8 @@ def to_reference(whole: Partial, feature_space: str, *, image_size: int) -> Refe
 def save_judge_features(
     path: Path, whole: Partial, feature_space: str, *, num_neighbors: int
 ) -> None:
-    """Write all features, and a random part of them that precision and recall compare with."""
+    """Write all features, a random part of them that precision and recall compare with, and the
+    moments of the spatial features where there are any."""
     features_RF = torch.cat(whole.features)
     generator = torch.Generator().manual_seed(NEIGHBOR_SEED)
     chosen_N = torch.randperm(len(features_RF), generator=generator)[:num_neighbors]
@@ -57,4 +58,5 @@ def save_judge_features(
         feature_space=feature_space,
         features_RF=features_RF,
         neighbors_NF=features_RF[chosen_N],
+        spatial=whole.spatial,
     )

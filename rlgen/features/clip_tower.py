@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlgen.features.open_clip_files import load_vision, open_clip_config
+from rlgen.features.outputs import ExtractorOutputs
 from rlgen.features.preprocess import Preprocess
 from rlgen.nn.weights import state_sha256
 
@@ -49,6 +50,10 @@ class ClipTowerExtractor:
                 for part in images_01.split(_BATCH_SIZE)
             ]
         )
+
+    def outputs(self, images_01: Tensor) -> ExtractorOutputs:
+        """Features alone."""
+        return ExtractorOutputs(self(images_01))
 
 
 def load_clip_tower(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlgen.errors import CheckpointError
+from rlgen.features.outputs import ExtractorOutputs
 from rlgen.features.preprocess import Preprocess
 from rlgen.nn.weights import load_state, state_sha256
 
@@ -159,6 +160,10 @@ class DinoExtractor:
         return torch.cat(
             [self.net(self.preprocess(part)).float() for part in images_01.split(_BATCH_SIZE)]
         )
+
+    def outputs(self, images_01: Tensor) -> ExtractorOutputs:
+        """Features alone."""
+        return ExtractorOutputs(self(images_01))
 
 
 def dinov2_from_state(

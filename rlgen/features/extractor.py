@@ -17,6 +17,7 @@ from rlgen.features.clip_tower import load_clip_tower
 from rlgen.features.convnet import ConvNet, ConvNetConfig
 from rlgen.features.open_clip_files import is_weight_file
 from rlgen.features.open_clip_published import read_published
+from rlgen.features.outputs import ExtractorOutputs
 from rlgen.nn.weights import (
     KIND_KEY,
     load_state,
@@ -50,6 +51,9 @@ class FeatureExtractor(Protocol):
     def __call__(self, images_01: Tensor) -> Tensor:
         """Map [B, 3, H, W] in [0, 1] to float32 [B, F]."""
 
+    def outputs(self, images_01: Tensor) -> ExtractorOutputs:
+        """The same features, and whatever else the same pass gives."""
+
 
 class ConvNetExtractor:
     """The feature layer of a `ConvNet`."""
@@ -66,9 +70,10 @@ class ConvNetExtractor:
         return torch.cat([self.net.features(part) for part in images_01.split(BATCH_SIZE)])
 
     @torch.inference_mode()
-    def classify(self, images_01: Tensor) -> Tensor:
-        """Return class logits [B, num_classes]."""
-        return self.net.head(self(images_01))
+    def outputs(self, images_01: Tensor) -> ExtractorOutputs:
+        """Features and class logits."""
+        features_BF = self(images_01)
+        return ExtractorOutputs(features_BF, self.net.head(features_BF))
 
 
 def save_convnet(location: str, net: ConvNet) -> None:

@@ -6,17 +6,18 @@ and is another feature space: other weights, other pools, another resize.
 
 Shapes: B images, F = 2048 features, C = 1008 logits, S = 2023 spatial features.
 Source: TensorFlow's classify_image_graph_def.pb of 2015-12-05 as ported to
-pt_inception-2015-12-05-6726825d.pth; torch-fidelity computes the same.
+pt_inception-2015-12-05-6726825d.pth; torch-fidelity computes the same. Spatial features are those
+of ADM's evaluation, arXiv:2105.05233: `mixed_6/conv` of that graph.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlgen.errors import CheckpointError
+from rlgen.features.outputs import ExtractorOutputs
 from rlgen.features.resize import resize_like_tf1, to_levels
 from rlgen.nn.weights import load_state, state_sha256
 
@@ -26,17 +27,8 @@ FIRST_KEY = "Conv2d_1a_3x3.conv.weight"
 """Tells an Inception among weight files."""
 _BATCH_SIZE = 64
 _SPATIAL_CHANNELS = 7
+"""Of the 192 that Mixed_6d's first branch has at each of 17 x 17 places."""
 _COUNTER = ".num_batches_tracked"
-
-
-class InceptionOutputs(NamedTuple):
-    """Everything that metrics need, from one pass; float32."""
-
-    features_BF: Tensor
-    logits_BC: Tensor
-    """Without the classifier's bias, as the Inception score takes them."""
-    spatial_BS: Tensor
-    """What sFID takes: seven channels of Mixed_6d's first branch at each of 17 x 17 places."""
 
 
 class _Conv(nn.Module):
@@ -276,18 +268,17 @@ class InceptionExtractor:
         """Map [B, 3, H, W] in [0, 1] to the 2048 pooled features, float32."""
         return self.outputs(images_01).features_BF
 
-    def logits(self, images_01: Tensor) -> Tensor:
-        """Map [B, 3, H, W] in [0, 1] to [B, 1008] logits without bias, for the Inception score."""
-        return self.outputs(images_01).logits_BC
-
     @torch.inference_mode()
-    def outputs(self, images_01: Tensor) -> InceptionOutputs:
-        """Map [B, 3, H, W] in [0, 1] to everything that FID, sFID and the Inception score take."""
+    def outputs(self, images_01: Tensor) -> ExtractorOutputs:
+        """Map [B, 3, H, W] in [0, 1] to what FID, the Inception score and sFID take.
+
+        The logits are without the classifier's bias, as published Inception scores are.
+        """
         parts = [
             self.net(normalize_levels(to_levels(part))) for part in images_01.split(_BATCH_SIZE)
         ]
         features_BF = torch.cat([part["2048"] for part in parts])
-        return InceptionOutputs(
+        return ExtractorOutputs(
             features_BF,
             self.net.unbiased_logits(features_BF),
             torch.cat([part["spatial"] for part in parts]),

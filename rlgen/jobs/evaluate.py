@@ -2,9 +2,9 @@
 
 `python -m rlgen.jobs.evaluate --checkpoint runs/NAME/checkpoints/step-00120 --num-images 10000`
 
-Sampled and scored by the rollout and reward actors of a training run. Units of images that are done are kept in the
-output folder, and the same command goes on from there. The results are evaluate.json, a table, and
-an MLflow run.
+Sampled and scored by the rollout and reward actors of a training run. Units of images that are done
+are kept in the output folder, and the same command goes on from there. The results are
+evaluate.json, a table, and an MLflow run.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def _sample(
     finished: "FinishedUnits",
     place: _Place,
 ) -> None:
-    """Make the units that are not done, on the runtime of a training run."""
+    """Make the units that are not done, by the samplers and scorers of a training run."""
     missing = [u for of_scale in units.values() for u in of_scale if not finished.has(u)]
     total = sum(len(of_scale) for of_scale in units.values())
     if len(missing) < total:
@@ -154,7 +154,7 @@ def _sample(
     runtime = make_runtime(config, place, with_learner=False)
     try:
         place.stage("starting the roles")
-        runtime.start(resume_from=None)
+        runtime.start(config)
         workers = config.rollout.num_workers + config.reward.num_workers
         ahead = 0 if config.runtime == "local" else 2 * workers
         for done, scored in enumerate(results_in_order(runtime, missing, ahead=ahead), start=1):

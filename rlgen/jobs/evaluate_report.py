@@ -30,6 +30,7 @@ RESULT_NAME = "evaluate.json"
 _FLUSH_S = 60.0
 _ROWS: tuple[tuple[str, str, str], ...] = (
     ("FID (judge)", "fid", ".4g"),
+    ("sFID (judge)", "sfid", ".4g"),
     ("FD (reward features)", "fd_second", ".4g"),
     ("KID", "kid", ".4g"),
     ("Precision", "precision", ".3f"),
@@ -160,6 +161,8 @@ def write_results(results: Results, folder: Path, progress: RunProgress) -> None
     for warning in tracker.warnings:
         progress.say(warning)
     progress.show(results_table(results))
+    for line in notes(results):
+        progress.say(line)
     progress.say(f"results: {folder / RESULT_NAME} (finished units and config.yaml beside it)")
     if command := ui_command(uri):
         progress.say(f"MLflow:  {command}")
@@ -179,7 +182,17 @@ def results_table(results: Results) -> Table:
         values = [found[name] for found in columns.values()]
         if any(value is not None for value in values):
             table.add_row(title, *("–" if v is None else f"{v:{form}}" for v in values))
-    names = next(iter(results.by_scale.values())).rewards
+    names = _first(results).rewards
     for name in names:
         table.add_row(name, *(f"{found['rewards'][name]:.4g}" for found in columns.values()))
     return table
+
+
+def notes(results: Results) -> list[str]:
+    """Why rows are missing in the table, a line each."""
+    titles = {name: title for title, name, _ in _ROWS}
+    return [f"no {titles[name]}: {reason}" for name, reason in _first(results).missing.items()]
+
+
+def _first(results: Results) -> Measured:
+    return next(iter(results.by_scale.values()))

@@ -18,8 +18,9 @@ from rlgen.jobs.cli import run_job
 from rlgen.storage import is_url, join, sha256_hex
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help must not
-    from rlgen.evaluation.image_moments import MeasureSettings, Partial
+    from rlgen.evaluation.image_moments import MeasureSettings
     from rlgen.evaluation.image_plan import ImagePlan
+    from rlgen.evaluation.partial import Partial
     from rlgen.features.extractor import FeatureExtractor
     from rlgen.jobs.console import RunProgress
 
@@ -28,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, plan, measure, add up, write."""
     given = _parse(arguments)
     _check_output(given)
-    from rlgen.evaluation.image_moments import add_up
     from rlgen.evaluation.image_plan import plan_images
+    from rlgen.evaluation.partial import add_up
     from rlgen.jobs.console import RunProgress
 
     with RunProgress(1) as progress:
@@ -142,11 +143,13 @@ def _settings(
 ) -> "MeasureSettings":
     """Shards' results lie under a key of all that they depend on; another key begins anew."""
     from rlgen.evaluation.image_moments import FOLD, MeasureSettings
+    from rlgen.evaluation.partial import FORMAT
     from rlgen.evaluation.pixels import describe_preprocessing
 
     preprocessing = describe_preprocessing(given.image_size)
     keeps_features = given.judge_features is not None
-    content = "\n".join([plan.digest, feature_space, preprocessing, str(FOLD), str(keeps_features)])
+    numbers = [str(FORMAT), str(FOLD), str(keeps_features)]
+    content = "\n".join([plan.digest, feature_space, preprocessing, *numbers])
     return MeasureSettings(
         image_size=given.image_size,
         batch_size=given.batch,
@@ -167,7 +170,8 @@ def _measure(
     """Measure the shards that are not done, here or on Ray."""
     import torch
 
-    from rlgen.evaluation.image_moments import ShardReader, done_shards
+    from rlgen.evaluation.image_moments import ShardReader
+    from rlgen.evaluation.partial import done_shards
 
     kept = done_shards(settings.folder, plan.shards)
     if kept:
@@ -255,6 +259,8 @@ def _told(given: argparse.Namespace, whole: "Partial", extractor: "FeatureExtrac
         missing = f", {whole.num_unlabelled} images have none: no class means"
         lines[0] += f", {len(whole.class_sums)} classes"
         lines[0] += missing if whole.num_unlabelled else " with a mean each"
+    if whole.spatial is not None:
+        lines[0] += f", and statistics of {whole.spatial.mean_F.numel()} spatial features"
     if whole.num_bad:
         lines.append(f"left out, as they can't be decoded: {whole.num_bad}, such as")
         lines += [f"  {problem}" for problem in whole.problems]

@@ -3,11 +3,13 @@
 Owns the decoder, the scorers, the feature extractor and the judge. Must not know Ray, nor
 what the scores are used for. Pixels stay here but for a few thumbnails.
 
-Shapes: P conditions, G group, B = P*G images, L image tokens, F features, C the judge's classes.
+Shapes: P conditions, G group, B = P*G images, L image tokens, F features, C the judge's classes,
+S the judge's spatial features.
 """
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,14 @@ from rlgen.rewards.reference import load_class_means
 from rlgen.tokenizers.protocol import Tokenizer
 from rlgen.tokenizers.published import open_tokenizer
 from rlgen.types import Rollout, ScoredRollout
+
+
+class _Judged(NamedTuple):
+    """The judge's outputs as arrays; nothing if it was not asked."""
+
+    features_BF: np.ndarray | None = None
+    logits_BC: np.ndarray | None = None
+    spatial_BS: np.ndarray | None = None
 
 
 @dataclass
@@ -73,7 +83,7 @@ class RewardEngine:
         class_ids_B = torch.from_numpy(np.repeat(unit.class_ids_P, unit.group_size))
         images_01 = self.tokenizer.decode(tokens_BL)
         rewards: dict[str, np.ndarray] = {}
-        features = judge_features = logits_BC = None
+        features = None
         if unit.purpose != "bootstrap":
             asked = Asked(
                 class_ids_B,
@@ -87,29 +97,28 @@ class RewardEngine:
             features = self.extractor(images_01).float().cpu().numpy()
             if unit.purpose != "evaluate" and self.class_means_KF is not None:
                 features = (features - self.class_means_KF[class_ids_B.numpy()]).astype(np.float32)
+        judged = _Judged()
         if unit.purpose == "evaluate":
-            judge_features = self.judge(images_01).float().cpu().numpy()
-            logits_BC = self._judge_logits(images_01, is_detailed=unit.is_detailed)
+            judged = _Judged(*map(_to_numpy, self.judge.outputs(images_01)))
         kept = images_01[list(unit.kept_images)]
         return ScoredRollout(
             rollout=rollout,
             rewards=rewards,
             features_BF=features,
-            judge_features_BF=judge_features,
-            judge_hits_B=self._judge_hits(logits_BC, class_ids_B),
+            judge_features_BF=judged.features_BF,
+            judge_hits_B=self._judge_hits(judged.logits_BC, class_ids_B),
             images_u8=(kept * 255).round().to(torch.uint8).cpu().numpy() if len(kept) else None,
             scoring_s=time.perf_counter() - start,
-            judge_logits_BC=logits_BC if unit.is_detailed else None,
+            judge_logits_BC=judged.logits_BC if unit.is_detailed else None,
+            judge_spatial_BS=judged.spatial_BS if unit.is_detailed else None,
         )
-
-    def _judge_logits(self, images_01: Tensor, *, is_detailed: bool) -> np.ndarray | None:
-        """Logits of a judge that knows the images' classes or, for the Inception score, others."""
-        classify = getattr(self.judge, "classify", None)
-        if classify is None and is_detailed:
-            classify = getattr(self.judge, "logits", None)
-        return None if classify is None else classify(images_01).float().cpu().numpy()
 
     def _judge_hits(self, logits_BC: np.ndarray | None, class_ids_B: Tensor) -> np.ndarray | None:
         if logits_BC is None or logits_BC.shape[1] != len(self.class_names):
             return None  # the judge knows no classes, or others
         return logits_BC.argmax(axis=1) == class_ids_B.numpy()
+
+
+def _to_numpy(tensor: Tensor | None) -> np.ndarray | None:
+    """On the CPU, in float32."""
+    return None if tensor is None else tensor.float().cpu().numpy()

@@ -14,8 +14,9 @@ from rlgen.actors.feature_worker import CrewSize, measure_on_ray
 from rlgen.actors.placement import connect
 from rlgen.config import RunConfig
 from rlgen.errors import ConfigError, PlacementError, RlgenError
-from rlgen.evaluation.image_moments import MeasureSettings, add_up, done_shards
+from rlgen.evaluation.image_moments import MeasureSettings
 from rlgen.evaluation.image_plan import ImagePlan, plan_images
+from rlgen.evaluation.partial import add_up, done_shards
 from rlgen.jobs.reference_moments import main
 from rlgen.moments.reference import load_reference
 from tests.image_sources import SIDE, digit_files, write_extractor, write_folder, write_tar

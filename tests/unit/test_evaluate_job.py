@@ -16,6 +16,7 @@ from rlgen.config.evaluate import plan_evaluation
 from rlgen.digits.assets import ensure_assets, locate_assets
 from rlgen.errors import CheckpointError, ConfigError, RewardError, StorageError
 from rlgen.evaluation.finished import FinishedUnits, evaluation_key
+from rlgen.features.outputs import ExtractorOutputs
 from rlgen.jobs import evaluate, grpo
 from rlgen.jobs.cli import run_job
 from rlgen.learner.runtime import LocalRuntime
@@ -169,6 +170,8 @@ def test_everything_is_measured_at_every_scale(whole: Path) -> None:
         assert 1 <= row["vendi"] <= NUM_IMAGES and row["inception_score"] >= 1
         assert 0 <= row["accuracy"] <= 1 and row["images_per_s"] > 0
         assert row["rewards"].keys() == {"clip", "preference"}
+        assert row["sfid"] is None
+        assert list(row["missing"]) == ["sfid"] and "convnet" in row["missing"]["sfid"]
     fids = {scale: row["fid"] for scale, row in result["scales"].items()}
     assert f"{result['best_scale']:g}" == min(fids, key=lambda scale: fids[scale])
     plain, guided = (row["model_evaluations_per_image"] for row in result["scales"].values())
@@ -225,21 +228,24 @@ def test_mlflow_holds_the_metrics_of_every_scale(whole: Path, tmp_path: Path) ->
     assert "evaluate.json" in names
 
 
-def test_a_judge_of_other_classes_gives_logits_for_the_inception_score_but_no_hits() -> None:
+def test_the_judge_runs_once_and_gives_all_that_it_has() -> None:
     class Tokenizer:
         def decode(self, tokens_BL: torch.Tensor) -> torch.Tensor:
             return tokens_BL.float()[:, None, None, :].expand(-1, 3, 2, -1) / 10
 
     class Judge:
-        feature_space, num_features = "toy:2", 2
+        feature_space, num_features, passes = "toy:2", 2, 0
 
         def __call__(self, images_01: torch.Tensor) -> torch.Tensor:
+            self.passes += 1
             return images_01[:, 0, 0]
 
-        def logits(self, images_01: torch.Tensor) -> torch.Tensor:
-            return images_01[:, 0, 0].repeat(1, 3)
+        def outputs(self, images_01: torch.Tensor) -> ExtractorOutputs:
+            features_BF = self(images_01)
+            return ExtractorOutputs(features_BF, features_BF.repeat(1, 3), features_BF + 5)
 
-    engine = RewardEngine(Tokenizer(), (), ("ant", "bee"), extractor=Judge(), judge=Judge())
+    judge = Judge()
+    engine = RewardEngine(Tokenizer(), (), ("ant", "bee"), extractor=Judge(), judge=judge)
     unit = WorkUnit(
         unit_id="e",
         purpose="evaluate",
@@ -255,9 +261,14 @@ def test_a_judge_of_other_classes_gives_logits_for_the_inception_score_but_no_hi
     tokens_BL = np.array([[1, 2], [3, 4]], dtype=np.int32)
     rollout = Rollout(unit, 0, tokens_BL, np.zeros((2, 2), np.float32), sampling_s=1.0)
     plain = engine.score(rollout)
-    assert plain.judge_logits_BC is None and plain.features_BF is None
+    assert judge.passes == 1
+    assert plain.judge_features_BF is not None and plain.features_BF is None
+    assert plain.judge_logits_BC is None and plain.judge_spatial_BS is None
     found = engine.score(replace(rollout, unit=replace(unit, is_detailed=True)))
+    assert judge.passes == 2
     assert found.judge_logits_BC is not None and found.features_BF is not None
+    assert found.judge_spatial_BS is not None
+    np.testing.assert_allclose(found.judge_spatial_BS, tokens_BL / 10 + 5, rtol=1e-6)
     np.testing.assert_allclose(found.judge_logits_BC, np.tile(tokens_BL / 10, 3), rtol=1e-6)
     np.testing.assert_allclose(found.features_BF, tokens_BL / 10, rtol=1e-6)
     assert found.judge_hits_B is None, "six classes are not the policy's two"

@@ -55,9 +55,23 @@ def test_features_and_logits_are_torch_fidelitys(path, extractor, images_u8) -> 
     torch.testing.assert_close(found.features_BF, expected["2048"], **close)
     torch.testing.assert_close(found.logits_BC, expected["logits_unbiased"], **close)
     assert torch.equal(extractor(images_01), found.features_BF)
-    assert torch.equal(extractor.logits(images_01), found.logits_BC)
     assert extractor.num_features == found.features_BF.shape[1] == 2048
-    assert found.spatial_BS.shape == (2, 7 * 17 * 17)
+
+
+def test_spatial_features_are_the_first_channels_of_the_first_branch_of_mixed_6(
+    path, extractor, images_u8
+) -> None:
+    reference = FeatureExtractorInceptionV3(
+        "reference", ["2048"], feature_extractor_weights_path=str(path)
+    )
+    seen: list[torch.Tensor] = []
+    # TensorFlow counts the blocks from `mixed` on: its mixed_6 is the seventh, Mixed_6d here.
+    layer = reference.Mixed_6d.branch1x1
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    reference(images_u8)
+    found = extractor.outputs(images_u8.float() / 255).spatial_BS
+    assert found.shape == (2, 7 * 17 * 17) and found.std() > 0.01
+    torch.testing.assert_close(found, seen[0][:, :7].flatten(1), rtol=0, atol=2e-5)
 
 
 def test_images_count_as_saved_with_8_bits(extractor, images_u8) -> None:

@@ -173,6 +173,19 @@ def test_real_features_come_back(tmp_path) -> None:
     torch.testing.assert_close(real.moments.mean_F, features.double().mean(dim=0))
 
 
+def test_the_moments_of_spatial_features_come_back_or_are_missing(tmp_path) -> None:
+    path = str(tmp_path / "real.npz")
+    features = torch.from_numpy(draw(80, 20))
+    moments = batch_moments(torch.from_numpy(draw(90, 21)))
+    given = {"feature_space": "toy:4", "features_RF": features, "neighbors_NF": features[:30]}
+    save_real_features(path, **given, spatial=moments)
+    found = load_real_features(path).spatial
+    assert found is not None and found.count == 90
+    assert torch.equal(found.mean_F, moments.mean_F) and torch.equal(found.cov_FF, moments.cov_FF)
+    save_real_features(path, **given)
+    assert load_real_features(path).spatial is None
+
+
 def npz(**arrays: Any) -> bytes:
     stream = io.BytesIO()
     np.savez(stream, **arrays)
@@ -185,7 +198,8 @@ def npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-GOOD = npz(feature_space=np.str_("toy"), features=draw(9, 0), neighbors=draw(3, 0))
+PARTS = {"feature_space": np.str_("toy"), "features": draw(9, 0), "neighbors": draw(3, 0)}
+GOOD = npz(**PARTS)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +213,21 @@ GOOD = npz(feature_space=np.str_("toy"), features=draw(9, 0), neighbors=draw(3, 
         npy(draw(9, 0)),
         npz(features=draw(9, 0)),
         npz(feature_space=np.str_("toy"), features=draw(9, 0), neighbors=np.array([{}])),
+        npz(**PARTS, spatial_mean=np.zeros(3), spatial_count=np.int64(9)),
+        npz(**PARTS, spatial_mean=np.zeros(3), spatial_count=np.int64(9), spatial_cov=np.eye(2)),
     ],
-    ids=["empty", "text", "half", "cut short", "damaged", "plain array", "keys", "pickled"],
+    ids=[
+        "empty",
+        "text",
+        "half",
+        "cut short",
+        "damaged",
+        "plain array",
+        "keys",
+        "pickled",
+        "half spatial",
+        "shapes",
+    ],
 )
 def test_files_that_hold_no_real_features_are_named(tmp_path, payload) -> None:
     path = tmp_path / "real.npz"

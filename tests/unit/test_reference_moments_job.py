@@ -16,17 +16,14 @@ from moto.server import ThreadedMotoServer
 
 import rlgen.evaluation.image_moments as image_moments
 from rlgen.errors import ConfigError, NumericsError, StorageError
-from rlgen.evaluation.image_moments import (
-    MeasureSettings,
-    Partial,
-    ShardReader,
-    add_up,
-    done_shards,
-    read_partial,
-)
+from rlgen.evaluation.image_moments import MeasureSettings, ShardReader
 from rlgen.evaluation.image_plan import plan_images
+from rlgen.evaluation.images import Shard
 from rlgen.evaluation.judge import load_real_features
+from rlgen.evaluation.partial import Partial, add_up, done_shards, read_partial
+from rlgen.evaluation.reference_file import save_judge_features
 from rlgen.features.extractor import load_extractor
+from rlgen.features.outputs import ExtractorOutputs
 from rlgen.jobs.reference_moments import main
 from rlgen.moments.moments import batch_moments
 from rlgen.moments.reference import ReferenceMoments, check_reference, load_reference
@@ -313,6 +310,9 @@ def test_features_that_are_not_finite_name_the_image(tmp_path: Path) -> None:
             features[3] = float("nan")
             return features
 
+        def outputs(self, images_01: torch.Tensor) -> ExtractorOutputs:
+            return ExtractorOutputs(self(images_01))
+
     (shard,) = plan_images([str(write_folder(tmp_path / "a", FILES[:20]))]).shards
     settings = MeasureSettings(SIDE, 8, 2, False, True, str(tmp_path / "partial"))
     with pytest.raises(NumericsError, match=FILES[3][0]):
@@ -341,6 +341,68 @@ def test_partial_results_add_up_and_survive_storage(tmp_path: Path, extractor: P
     again = add_up(settings.folder, plan.shards)
     assert again.moments is not None
     assert torch.equal(again.moments.cov_FF, forwards.moments.cov_FF)
+
+
+class Quarters:
+    """Mean and spread as features; the four quarters' means as features with a place."""
+
+    feature_space, num_features = "quarters:2", 2
+
+    def __call__(self, images_01: torch.Tensor) -> torch.Tensor:
+        return torch.stack([images_01.mean(dim=(1, 2, 3)), images_01.std(dim=(1, 2, 3))], dim=1)
+
+    def outputs(self, images_01: torch.Tensor) -> ExtractorOutputs:
+        quarters = torch.nn.functional.avg_pool2d(images_01.mean(dim=1), SIDE // 2)
+        return ExtractorOutputs(self(images_01), spatial_BS=quarters.flatten(1))
+
+
+def test_a_judges_reference_carries_the_moments_of_spatial_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_moments, "FOLD", 100)
+    monkeypatch.setattr(image_moments, "SAVE_EVERY_S", 0.0)
+    plan = plan_images([str(write_folder(tmp_path / "a", FILES))])
+    settings = MeasureSettings(SIDE, 64, 1, True, True, str(tmp_path / "partial"))
+    judge = Quarters()
+    with pytest.raises(KeyboardInterrupt):
+        measure_or_die(judge, settings, plan.shards[0], after=1)
+    kept = read_partial(settings.folder, plan.shards[0])
+    assert kept is not None and kept.num_seen == 100 and not kept.is_complete
+    for shard in plan.shards:  # the first one goes on from there
+        ShardReader(judge, settings, device=torch.device("cpu")).measure(shard)
+    whole = add_up(settings.folder, plan.shards)
+    path = tmp_path / "judge.npz"
+    save_judge_features(path, whole, judge.feature_space, num_neighbors=50)
+    real = load_real_features(str(path))
+    expected = judge.outputs(pixels_of(FILES))
+    assert expected.spatial_BS is not None and real.spatial is not None
+    torch.testing.assert_close(real.features_RF, expected.features_BF, rtol=1e-5, atol=1e-6)
+    direct = batch_moments(expected.spatial_BS)
+    assert real.spatial.count == len(FILES) == direct.count
+    # Means of float32 pixels, added in another order.
+    torch.testing.assert_close(real.spatial.mean_F, direct.mean_F, rtol=0, atol=1e-6)
+    torch.testing.assert_close(real.spatial.cov_FF, direct.cov_FF, rtol=0, atol=1e-6)
+
+
+def measure_or_die(judge: Quarters, settings: MeasureSettings, shard: Shard, *, after: int) -> None:
+    """Read a shard and be interrupted after that many folds are kept."""
+    folds = 0
+
+    def interrupt(_: int) -> None:
+        nonlocal folds
+        folds += 1
+        if folds > after:
+            raise KeyboardInterrupt
+
+    ShardReader(judge, settings, device=torch.device("cpu")).measure(shard, interrupt)
+
+
+def test_a_reference_of_the_reward_holds_no_spatial_moments(tmp_path: Path) -> None:
+    plan = plan_images([str(write_folder(tmp_path / "a", FILES[:20]))])
+    settings = MeasureSettings(SIDE, 8, 1, False, True, str(tmp_path / "partial"))
+    ShardReader(Quarters(), settings, device=torch.device("cpu")).measure(plan.shards[0])
+    whole = add_up(settings.folder, plan.shards)
+    assert whole.moments is not None and whole.spatial is None
 
 
 @pytest.fixture
