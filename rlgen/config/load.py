@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from rlgen.config.imagenet import IMAGENET, imagenet_class_names
 from rlgen.config.reward import SCORER_TYPES
 from rlgen.config.run import RunConfig
+from rlgen.config.secrets import is_scrubbed, scrubbed_tree
 from rlgen.errors import ConfigError
 
 
@@ -55,14 +56,24 @@ def load_config(
     if merged["class_names"] == IMAGENET:
         merged["class_names"] = imagenet_class_names()
     try:
-        return RunConfig.model_validate(merged)
+        config = RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
+    for key, value in config.flattened().items():
+        if is_scrubbed(value):
+            raise ConfigError(
+                f"{key} = {value} comes from a dump that leaves secrets out; give it again: "
+                f"{key}=... on the command line."
+            )
+    return config
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """Return the resolved configuration as YAML; loading it again gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """Return the resolved configuration as YAML, without secrets.
+
+    Loading it again gives an equal config; if a secret was left out, an error that says so.
+    """
+    return yaml.safe_dump(scrubbed_tree(config.model_dump(mode="json")), sort_keys=False)
 
 
 def config_sha256(config: RunConfig) -> str:

@@ -22,6 +22,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from rlgen.config.secrets import scrubbed
+
 SHORT_NAMES = {"preference": "pref", "loo_fid": "loo-fid"}
 STAGE_INTERVAL_S = 10.0
 
@@ -123,7 +125,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self._progress.console.print(Text(text), soft_wrap=True)
+        self._progress.console.print(Text(scrubbed(text)), soft_wrap=True)
 
     def _tell_stage(self, text: str, done: int | None, total: int | None) -> None:
         # Counters inside the text aren't news: "tokenizer 300/600" follows "tokenizer 1/600".
@@ -150,7 +152,7 @@ class RunProgress:
         return f"[{elapsed}, {_clock(took_s / (done - 1) * (self._steps - step))} left]"
 
     def _print(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(scrubbed(text)), soft_wrap=True)
 
 
 def _short_numbers(metrics: Mapping[str, float]) -> str:
@@ -224,7 +226,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 def fail(error: Exception) -> None:
     """Print an error that a user can act on as one paragraph on stderr, without a traceback."""
-    paragraph = " ".join(str(error).split())
+    paragraph = scrubbed(" ".join(str(error).split()))
     Console(stderr=True, highlight=False).print(
         Text.assemble(("error: ", "bold red"), paragraph), soft_wrap=True
     )

@@ -45,7 +45,7 @@ def test_every_role_may_be_killed_at_any_moment(
     check_as_undisturbed(found, undisturbed)
     for title in ROLES.values():
         assert found["restarts"][title] >= 1
-    worst = {title: 0.0 for title in SECONDS}
+    worst = dict.fromkeys(SECONDS, 0.0)
     for row in rows(output):
         assert row.get("groups/unaccounted", 0.0) == 0.0
         for title in SECONDS:
