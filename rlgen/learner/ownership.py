@@ -26,6 +26,8 @@ from rlgen.storage import join, read_bytes, remove, without_credentials, write_b
 OWNER = "OWNER.json"
 BEAT_S = 5.0
 _MISSED_BEATS = 2.5
+_held: set[str] = set()
+"""Tokens that this process holds; one that it could not give back is not among them."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class RootClaim:
             with suppress(StorageError):
                 remove(_beat_file(self._root, other))
         self._beat()
+        _held.add(self.token)
         write_bytes(join(self._root, OWNER), json.dumps(asdict(self._owner), indent=1).encode())
         self.check()
         threading.Thread(target=self._keep_beating, name="checkpoint-claim", daemon=True).start()
@@ -116,6 +119,7 @@ class RootClaim:
     ) -> None:
         """Give the root back, if it is still ours; what can't be deleted blocks no one."""
         self._released.set()
+        _held.discard(self.token)
         with suppress(StorageError, CheckpointError):
             remove(_beat_file(self._root, self._owner))
             self.check()
@@ -132,6 +136,8 @@ class RootClaim:
 
 def _is_alive(root: str, owner: Owner) -> bool:
     kernel = owner.process.partition("\n")[0]
+    if owner.process and owner.process == _process(os.getpid()):
+        return owner.token in _held
     if kernel and kernel == _process(os.getpid()).partition("\n")[0]:
         return _process(owner.pid) == owner.process
     first = _read_beat(root, owner)
