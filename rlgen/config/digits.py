@@ -15,6 +15,9 @@ class DigitsConfig(Section):
 
     family: Literal["llamagen", "vqgan", "var"] = "llamagen"
     """Architecture of the tiny policy; `var` gets a multi-scale tokenizer."""
+    style: Literal["slanted", "thick", "inverted"] | None = None
+    """Style that the references ask for. The tokenizer and all nets then learn plain, slanted,
+    thick and inverted digits, and the base policy plain ones alone; null leaves styles out."""
     image_size: Annotated[int, Field(ge=16, multiple_of=16)] = 16
     """Side of an image in pixels; scikit-learn's 8x8 digits are enlarged to it."""
     num_heldout: Annotated[int, Field(ge=100, le=900)] = 297

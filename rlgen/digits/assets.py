@@ -18,10 +18,12 @@ import torch
 
 from rlgen.config.base import EMBEDDED
 from rlgen.config.digits import DigitsConfig
+from rlgen.config.reward import PythonRewardConfig
 from rlgen.config.run import RunConfig
 from rlgen.digits.data import CLASS_NAMES, DigitsData, load_digits_data
+from rlgen.digits.styles import STYLES, in_all_styles, in_style
 from rlgen.digits.train_clip import train_clip
-from rlgen.digits.train_features import train_feature_net, train_judge
+from rlgen.digits.train_features import train_feature_net, train_judge, train_style_judge
 from rlgen.digits.train_policy import train_policy
 from rlgen.digits.train_preference import train_preference
 from rlgen.digits.train_tokenizer import train_multiscale_tokenizer, train_tokenizer
@@ -49,6 +51,7 @@ _POLICY_FIELDS = (
     "class_dropout",
 )
 _SCORER_FOLDERS = {"clip": "clip", "hpsv2": "preference"}
+_STYLE_JUDGE = "rlgen.digits.style_judge:StyleJudge"
 _NUM_NEIGHBORS = 1000
 
 
@@ -71,6 +74,9 @@ class DigitsAssets:
 def locate_assets(config: DigitsConfig) -> DigitsAssets:
     """Name the files of a configuration; they may not exist yet."""
     settings = config.model_dump(mode="json")
+    # One folder serves all styles; without styles it is as if there were no such setting.
+    if settings.pop("style") is not None:
+        settings["styles"] = STYLES
     policy_settings = {name: settings.pop(name) for name in _POLICY_FIELDS}
     code = _code_version()
     folder = cache_root() / f"digits-{_key(settings, code)}"
@@ -90,7 +96,8 @@ def ensure_assets(config: DigitsConfig, report: Report) -> DigitsAssets:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these nets are too small for more, and the result depends on it
     try:
-        data = load_digits_data(config)
+        plain = load_digits_data(config)
+        data = plain if config.style is None else in_all_styles(plain)
         if not assets.folder.is_dir():
             _train_folder(assets.folder, data, config, report)
         if not assets.tokenizer.is_file():
@@ -103,7 +110,7 @@ def ensure_assets(config: DigitsConfig, report: Report) -> DigitsAssets:
         if not assets.policy.is_file():
             tokenizer = load_tokenizer(str(assets.tokenizer), device=torch.device("cpu"))
             policy = train_policy(
-                data, tokenizer, config, on_step=lambda *steps: report("base policy", *steps)
+                plain, tokenizer, config, on_step=lambda *steps: report("base policy", *steps)
             )
             save_policy(str(assets.policy), policy)
     finally:
@@ -113,18 +120,20 @@ def ensure_assets(config: DigitsConfig, report: Report) -> DigitsAssets:
 
 def resolve_embedded(config: RunConfig, assets: DigitsAssets) -> RunConfig:
     """Put the files' paths in place of the word `embedded`."""
-    folder = assets.folder
+    folder, style = assets.folder, config.digits.style
     paths = {
         "policy.checkpoint": assets.policy,
         "tokenizer.checkpoint": assets.tokenizer,
         "reward.loo_fid.extractor": folder / "features.safetensors",
-        "reward.loo_fid.reference": folder / "reference_moments.npz",
+        "reward.loo_fid.reference": folder / reference_name(style),
         "evaluation.judge": folder / "judge.safetensors",
-        "evaluation.judge_reference": folder / "judge_reference.npz",
+        "evaluation.judge_reference": folder / judge_reference_name(style),
     }
     for name, scorer in config.reward.active_scorers.items():
         if scorer.type in _SCORER_FOLDERS:
             paths[f"reward.scorers.{name}.checkpoint"] = folder / _SCORER_FOLDERS[scorer.type]
+        elif isinstance(scorer, PythonRewardConfig) and scorer.target == _STYLE_JUDGE:
+            paths[f"reward.scorers.{name}.arguments.net"] = folder / "style_judge.safetensors"
     # What a user's scorer calls `embedded` among its arguments is its own affair.
     wanted = [key for key in config.keys_with(EMBEDDED) if key in paths]
     return config.with_values({key: str(paths[key]) for key in wanted})
@@ -146,7 +155,15 @@ def _train_folder(folder: Path, data: DigitsData, config: DigitsConfig, report: 
             data, clip, clip_config, tokenizer, config, on_step=_named(report, "preference")
         )
         save_open_clip(str(partial / "preference"), preference, clip_config)
-        _save_references(partial, data, ConvNetExtractor(net), ConvNetExtractor(judge), config)
+        nets = ConvNetExtractor(net), ConvNetExtractor(judge)
+        if config.style is None:
+            _save_references(partial, data, *nets, config, style=None)
+        else:
+            style_judge = train_style_judge(data, config, on_step=_named(report, "style judge"))
+            save_convnet(str(partial / "style_judge.safetensors"), style_judge)
+            for style in STYLES:
+                part = DigitsData(in_style(data.train, style), in_style(data.heldout, style))
+                _save_references(partial, part, *nets, config, style=style)
         try:
             os.replace(partial, folder)
         except OSError:
@@ -154,6 +171,16 @@ def _train_folder(folder: Path, data: DigitsData, config: DigitsConfig, report: 
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def reference_name(style: str | None) -> str:
+    """File of the reward's reference moments: real digits of the style."""
+    return "reference_moments.npz" if style is None else f"reference_moments-{style}.npz"
+
+
+def judge_reference_name(style: str | None) -> str:
+    """File of the judge's features of real digits of the style."""
+    return "judge_reference.npz" if style is None else f"judge_reference-{style}.npz"
 
 
 def _named(report: Report, name: str) -> Callable[[int, int], None]:
@@ -166,12 +193,14 @@ def _save_references(
     extractor: ConvNetExtractor,
     judge: ConvNetExtractor,
     config: DigitsConfig,
+    *,
+    style: str | None,
 ) -> None:
     """Reward: moments of training digits. Judge: held-out digits and as many training ones."""
     features_NF = extractor(data.train.images_rgb_01)
     moments = batch_moments(features_NF)
     save_reference(
-        folder / "reference_moments.npz",
+        folder / reference_name(style),
         ReferenceMoments(
             feature_space=extractor.feature_space,
             count=int(moments.count),
@@ -188,7 +217,7 @@ def _save_references(
     real = torch.cat([heldout, training])
     subset = torch.randperm(len(real), generator=generator)[:_NUM_NEIGHBORS]
     save_real_features(
-        str(folder / "judge_reference.npz"),
+        str(folder / judge_reference_name(style)),
         feature_space=judge.feature_space,
         features_RF=real,
         neighbors_NF=real[subset],

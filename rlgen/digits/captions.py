@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 from rlgen.digits.data import CLASS_NAMES, MAX_ROTATION_DEG, MAX_SCALE_CHANGE, DigitImages
+from rlgen.digits.styles import STYLES
 
 PROMPTS = tuple(f"a photo of the digit {name}" for name in CLASS_NAMES)
 """What a digit is asked for by, per class; also one of the captions."""
+_ARTICLES = {"inverted": "an"}
+STYLED_PROMPTS = PROMPTS + tuple(
+    f"{_ARTICLES.get(style, 'a')} {style} {name}" for style in STYLES[1:] for name in CLASS_NAMES
+)
+"""What a digit in a style is asked for by, in the order of style_judge's joint_ids."""
 
 _ANY = -1
 _TEMPLATES = (
@@ -30,6 +36,7 @@ _TEMPLATES = (
     ("a large digit {name} leaning left", 2, 0),
     ("a large digit {name} leaning right", 2, 2),
 )
+_STYLE_TEMPLATES = ("{article} {style} {name}", "a photo of {article} {style} digit {name}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,9 @@ class CaptionTable:
     size_U: Tensor
     """0 small, 1 medium, 2 large, -1 not mentioned."""
     slant_U: Tensor
-    """0 left, 1 upright, 2 right, -1 not mentioned."""
+    """0 left, 1 upright, 2 right, -1 not mentioned; a rotation, so only plain digits have it."""
+    style_U: Tensor
+    """Row of STYLES, -1 not mentioned."""
 
     def truth_NU(self, images: DigitImages) -> Tensor:
         """Return which captions are true of which images: bool [N, U]."""
@@ -51,18 +60,34 @@ class CaptionTable:
             (images.labels_N[:, None] == self.class_U)
             & ((self.size_U == _ANY) | (self.size_U == size_N1))
             & ((self.slant_U == _ANY) | (self.slant_U == slant_N1))
+            & ((self.style_U == _ANY) | (self.style_U == images.styles_N[:, None]))
         )
 
 
-def make_caption_table() -> CaptionTable:
-    """List every caption of every class."""
-    entries = [
-        (template.format(name=name), class_id, size, slant)
-        for class_id, name in enumerate(CLASS_NAMES)
-        for template, size, slant in _TEMPLATES
+def make_caption_table(*, names_styles: bool = False) -> CaptionTable:
+    """List every caption of every class, with or without those that name a style."""
+    templates = [
+        (text, size, slant, 0 if slant != _ANY else _ANY) for text, size, slant in _TEMPLATES
     ]
-    texts, classes, sizes, slants = zip(*entries, strict=True)
-    return CaptionTable(texts, torch.tensor(classes), torch.tensor(sizes), torch.tensor(slants))
+    if names_styles:
+        templates += [
+            (
+                text.format(article=_ARTICLES.get(style, "a"), style=style, name="{name}"),
+                _ANY,
+                _ANY,
+                i,
+            )
+            for i, style in enumerate(STYLES)
+            for text in _STYLE_TEMPLATES
+        ]
+    entries = [
+        (template.format(name=name), class_id, size, slant, style)
+        for class_id, name in enumerate(CLASS_NAMES)
+        for template, size, slant, style in templates
+    ]
+    texts, *claims = zip(*entries, strict=True)
+    classes, sizes, slants, styles = (torch.tensor(claim) for claim in claims)
+    return CaptionTable(texts, classes, sizes, slants, styles)
 
 
 def _thirds(value_N: Tensor) -> Tensor:

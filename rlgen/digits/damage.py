@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlgen.digits.data import DigitImages
+from rlgen.digits.styles import STYLES
 from rlgen.tokenizers.protocol import Tokenizer
 
 Range = tuple[float, float]
@@ -57,6 +58,16 @@ def swap_class(
     """Give a clean digit of another class; half of them as reconstructions."""
     other = images.images_rgb_01[_rows_of_other_classes(images, rows, generator)]
     return mix_reconstructions(other, tokenizer, generator)
+
+
+def swap_style(
+    images: DigitImages, rows: Tensor, tokenizer: Tokenizer, generator: torch.Generator
+) -> Tensor:
+    """Give the same digit in another style, of images in all styles; half as reconstructions."""
+    offsets = torch.randint(1, len(STYLES), rows.shape, generator=generator)
+    # The styles are blocks of the same digits in the same order.
+    other_rows = (rows + offsets * (len(images.labels_N) // len(STYLES))) % len(images.labels_N)
+    return mix_reconstructions(images.images_rgb_01[other_rows], tokenizer, generator)
 
 
 def blur(
@@ -109,6 +120,7 @@ DAMAGES: dict[str, Damage] = {
     "replace_codes": replace_codes,
     "borrow_codes": borrow_codes,
     "swap_class": swap_class,
+    "swap_style": swap_style,
     "blur": blur,
     "add_noise": add_noise,
     "erase_patch": erase_patch,

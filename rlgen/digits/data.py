@@ -4,7 +4,7 @@ Owns the split (a held-out digit is never trained on, by anything) and the augme
 not know the models. Shapes: N images, S image side.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlgen.config.digits import DigitsConfig
 
+PLAIN = "plain"
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 MAX_ROTATION_DEG = 14.0
@@ -37,11 +38,19 @@ class DigitImages:
     """float32 [N]; positive leans to the right."""
     scale_N: Tensor
     """float32 [N]; above 1 is larger than written."""
+    styles_N: Tensor
+    """int64 [N]: 0 for plain digits; styles.py has the others."""
 
     @property
     def images_rgb_01(self) -> Tensor:
         """The images with their gray repeated to three channels, as a view: [N, 3, S, S]."""
         return self.images_01.expand(-1, 3, -1, -1)
+
+    def take(self, rows: Tensor) -> "DigitImages":
+        """Return the images of these rows, int64 [M]."""
+        return DigitImages(
+            **{field.name: getattr(self, field.name)[rows] for field in fields(self)}
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,8 @@ def _make_part(rows: np.ndarray, config: DigitsConfig, generator: torch.Generato
         shift_y_N=uniform(MAX_SHIFT_FRACTION),
     )
     labels_N = torch.from_numpy(digits.target[sources_N.numpy()]).long()
-    return DigitImages(images_01, labels_N, sources_N, rotation_deg_N, scale_N)
+    styles_N = torch.zeros_like(labels_N)
+    return DigitImages(images_01, labels_N, sources_N, rotation_deg_N, scale_N, styles_N)
 
 
 def transform_images(

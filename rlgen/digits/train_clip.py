@@ -69,7 +69,7 @@ def train_clip(
     model.token_embedding.requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
     preprocess = digits_preprocess(config)
-    table = make_caption_table()
+    table = make_caption_table(names_styles=config.style is not None)
     tokens_UT = SimpleTokenizer(context_length=CONTEXT_LENGTH)(list(table.texts))
     truth_NU = table.truth_NU(data.train).float()
 

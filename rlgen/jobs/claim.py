@@ -6,7 +6,6 @@ verdicts are printed with the numbers they rest on and kept in claim.json.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from statistics import mean
 from typing import Any
 
 from rlgen.config import load_config
-from rlgen.errors import ConfigError, RlgenError
 from rlgen.jobs.cli import run_job
+from rlgen.jobs.variants import SeededRun, Variant, execute_all, parse_seeds
 
 FULL, INSTANCE_ONLY = "full", "instance_only"
-_VARIANTS = {FULL: (), INSTANCE_ONLY: ("reward.loo_fid.weight=0",)}
+_VARIANTS: dict[str, tuple[str, ...]] = {FULL: (), INSTANCE_ONLY: ("reward.loo_fid.weight=0",)}
 _FID_RATIO_BARS = {"llamagen": 0.35, "var": 0.35, "vqgan": 0.5}
 _BEST_GUIDANCE_BARS = {"llamagen": 0.7, "var": 1.0}
 """A VQGAN has no guidance to compare with."""
@@ -111,25 +110,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/claim"))
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     request = parser.parse_intermixed_args(arguments)
-    try:
-        seeds = [int(seed) for seed in request.seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {request.seeds} is no list like 0,1,2.") from None
+    seeds = parse_seeds(request.seeds)
     family = load_config(request.config, request.settings).digits.family
-    preset = [] if request.config is None else ["--config", request.config]
     # The base and the loss of diversity without LOO-FID are claimed of the default alone.
-    variants = _VARIANTS if family == "llamagen" else {FULL: ()}
-    summaries = {
-        variant: [
-            _run(
+    settings = _VARIANTS if family == "llamagen" else {FULL: ()}
+    runs = {
+        name: [
+            SeededRun(
+                Variant(name, of_variant, request.config),
                 seed,
-                request.output / f"{variant}-seed{seed}",
-                [*preset, *settings, *request.settings],
+                request.output,
+                tuple(request.settings),
             )
             for seed in seeds
         ]
-        for variant, settings in variants.items()
+        for name, of_variant in settings.items()
     }
+    execute_all([run for of_variant in runs.values() for run in of_variant])
+    summaries = {name: [run.summary() for run in of_variant] for name, of_variant in runs.items()}
     verdicts = judge_claim(summaries, family)
     _print(verdicts)
     content = {
@@ -139,18 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     (request.output / "claim.json").write_text(json.dumps(content, indent=2))
     return 0 if all(verdict.holds for verdict in verdicts) else 1
-
-
-def _run(seed: int, output: Path, settings: Sequence[str]) -> dict[str, Any]:
-    """Run the main job, unless this folder has its result already."""
-    summary = output / "summary.json"
-    if not summary.exists():
-        command = [sys.executable, "-m", "rlgen.jobs.grpo", "--output", str(output)]
-        seeding = [f"seed={seed}", f"digits.policy_seed={seed}"]
-        done = subprocess.run([*command, *seeding, *settings], check=False)
-        if done.returncode:
-            raise RlgenError(f"the run in {output} ended with status {done.returncode}; see above.")
-    return json.loads(summary.read_text())
 
 
 def _print(verdicts: Sequence[Verdict]) -> None:
