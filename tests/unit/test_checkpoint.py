@@ -13,12 +13,14 @@ from rlgen.learner.checkpoint import (
     MARKER,
     checkpoint_uri,
     commit_checkpoint,
+    discard_uncommitted,
+    newest_checkpoint,
     prune_checkpoints,
     read_meta,
     read_part,
     write_parts,
 )
-from rlgen.storage import join, write_bytes
+from rlgen.storage import join, remove, write_bytes
 
 SETTINGS = CheckpointConfig(retries=0)
 PAYLOADS = {"policy.bin": b"weights" * 50, "moments.bin": b"\x00\x01\x02"}
@@ -37,8 +39,12 @@ def write(root: str, step: int, *, is_committed: bool = True) -> str:
     makers = {name: (lambda name=name: PAYLOADS[name]) for name in PAYLOADS}
     parts = write_parts(uri, makers, SETTINGS)
     if is_committed:
-        commit_checkpoint(uri, parts, meta={"step": step})
+        commit_checkpoint(uri, parts, meta={"step": step, "run_key": "mine"})
     return uri
+
+
+def newest(root: str) -> str | None:
+    return newest_checkpoint(root, resume_key="mine")
 
 
 def steps_in(root: str) -> list[str]:
@@ -51,7 +57,7 @@ def steps_in(root: str) -> list[str]:
 def test_a_committed_checkpoint_comes_back(root) -> None:
     uri = write(root, 40)
     assert uri == join(root, "step-00040")
-    assert read_meta(uri) == {"step": 40}
+    assert read_meta(uri) == {"step": 40, "run_key": "mine"}
     for name, payload in PAYLOADS.items():
         assert read_part(uri, name) == payload
 
@@ -87,6 +93,7 @@ def test_a_missing_folder_is_no_checkpoint(root) -> None:
         (b'{"parts": [', "is no committed checkpoint"),
         (b"[1]", "COMMIT.json is damaged"),
         (b'{"parts": []}', "COMMIT.json is damaged"),
+        (b'{"parts": ["a"], "meta": {}}', "COMMIT.json is damaged"),
     ],
 )
 def test_a_damaged_marker_is_refused(root, marker, message) -> None:
@@ -171,3 +178,89 @@ def test_the_marker_is_readable_json_with_sizes_and_digests(root) -> None:
     sizes = {part["name"]: part["num_bytes"] for part in marker["parts"]}
     assert sizes == {name: len(payload) for name, payload in PAYLOADS.items()}
     assert all(len(part["sha256"]) == 64 for part in marker["parts"])
+
+
+# -- the newest --------------------------------------------------------------------------------
+
+
+def test_the_newest_that_is_committed_is_found(root) -> None:
+    assert newest(root) is None
+    for step in (99_960, 100_000):
+        write(root, step)
+    write(root, 100_040, is_committed=False)
+    assert newest(root) == join(root, "step-100000")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda uri: write_bytes(join(uri, "moments.bin"), b"\x00\x01"), "2 of 3 bytes"),
+        (lambda uri: write_bytes(join(uri, "moments.bin"), b"\x00\x01\x03"), "is damaged"),
+        (lambda uri: remove(join(uri, "policy.bin")), r"policy\.bin is missing"),
+        (lambda uri: write_bytes(join(uri, MARKER), b"{"), "is no committed checkpoint"),
+        (lambda uri: write_bytes(join(uri, MARKER), b"[]"), r"COMMIT\.json is damaged"),
+    ],
+    ids=["cut short", "one byte", "missing", "marker cut short", "no marker at all"],
+)
+def test_a_damaged_newest_is_passed_over_by_name_and_stays(root, damage, message) -> None:
+    sound = write(root, 40)
+    damage(write(root, 80))
+    with pytest.warns(UserWarning, match=rf"step-00080.*{message}.*|{message}.*Passing over"):
+        assert newest(root) == sound
+    assert "step-00080" in steps_in(root)
+
+
+def test_the_checkpoints_of_another_run_are_refused(root) -> None:
+    write(root, 40)
+    with pytest.raises(CheckpointError, match=r"another run \(step-00040 has the key mine, this"):
+        newest_checkpoint(root, resume_key="theirs")
+
+
+def test_a_run_goes_by_what_was_asked_for_and_by_what_it_went_on_with(root) -> None:
+    uri = checkpoint_uri(root, 40)
+    commit_checkpoint(uri, [], meta={"run_key": "asked", "resume_key": "rolled back"})
+    assert newest_checkpoint(root, resume_key="asked") == uri
+    assert newest_checkpoint(root, resume_key="rolled back") == uri
+
+
+def test_what_was_not_committed_is_deleted_and_nothing_else(root) -> None:
+    write(root, 40)
+    write(root, 80, is_committed=False)
+    write_bytes(join(write(root, 120), MARKER), b"")  # damaged, so someone may want to look
+    write_bytes(join(root, "ray_train", "state"), b"")
+    discard_uncommitted(root)
+    assert steps_in(root) == ["ray_train", "step-00040", "step-00120"]
+
+
+def test_pruning_keeps_what_was_written_last_even_if_it_is_not_the_newest(root) -> None:
+    for step in (80, 120, 40):  # a user has gone back to 20
+        write(root, step)
+    prune_checkpoints(root, keep=2, protected=(checkpoint_uri(root, 40), None))
+    assert steps_in(root) == ["step-00040", "step-00080", "step-00120"]
+
+
+def test_a_write_is_tried_again_and_counted(root, monkeypatch) -> None:
+    failures = iter([True, True, False, False])
+    pauses: list[float] = []
+
+    def flaky(location: str, payload: bytes) -> None:
+        if next(failures):
+            raise StorageError("the server is away")
+        write_bytes(location, payload)
+
+    monkeypatch.setattr("rlgen.learner.checkpoint.write_bytes", flaky)
+    monkeypatch.setattr("rlgen.learner.checkpoint.time.sleep", pauses.append)
+    makers = {name: (lambda name=name: PAYLOADS[name]) for name in PAYLOADS}
+    parts = write_parts(checkpoint_uri(root, 1), makers, CheckpointConfig(retries=2))
+    assert [part.num_retries for part in parts] == [2, 0]
+    assert pauses == [1.0, 2.0]
+
+
+def test_trying_again_ends_with_the_time(root, monkeypatch) -> None:
+    def broken(location: str, payload: bytes) -> None:
+        raise StorageError("the server is away")
+
+    monkeypatch.setattr("rlgen.learner.checkpoint.write_bytes", broken)
+    monkeypatch.setattr("rlgen.learner.checkpoint.time.sleep", lambda pause_s: None)
+    with pytest.raises(StorageError, match="away"):
+        write_parts(root, {"a": lambda: b""}, CheckpointConfig(retries=10**9, timeout_s=1.5))
