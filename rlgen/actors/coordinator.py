@@ -108,11 +108,17 @@ class Coordinator:
         await self._wait(lambda: self._dispatcher.are_scored(unit_ids))
         return self._dispatcher.take(unit_ids)
 
-    async def release(self, worker: str) -> None:
-        """Put a lost worker's unit back; its last call may still wait here and gets no other."""
+    async def release(self, worker: str, *, is_missed: bool = True) -> None:
+        """Put a lost worker's unit back; its last call may still wait here and gets no other.
+
+        Args:
+            worker: who was lost.
+            is_missed: whether the time until someone takes its place counts as a recovery.
+        """
         self._lost.add(worker)
         self._crew.discard(worker)
-        self._vacant_since[place_of(worker)] = time.monotonic()
+        if is_missed:
+            self._vacant_since[place_of(worker)] = time.monotonic()
         self._forget(worker)
         self._dispatcher.release(worker)
         await self._notify()

@@ -19,8 +19,8 @@ from ray.train.torch import TorchTrainer, get_device
 
 from rlgen.actors.coordinator import LEARNER, LearnerCommand
 from rlgen.actors.heartbeat import start_beating
-from rlgen.actors.weight_transport import Publisher, collective_backend
 from rlgen.actors.shell import brief
+from rlgen.actors.weight_transport import Publisher, collective_backend
 from rlgen.config.run import RunConfig
 from rlgen.errors import RlgenError
 from rlgen.learner.learner import Learner

@@ -83,12 +83,7 @@ class Supervisor:
     def shrink(self) -> None:
         """Let the workers beyond the fewest go: what must be there comes up before them."""
         with self._lock:
-            extra = {
-                f"{role}-{index}"
-                for role, crew in self._crews.items()
-                for index in range(crew.fewest, crew.most)
-            }
-            for name in [name for name in self._actors if place_of(name) in extra]:
+            for name in [name for name in self._actors if self._is_extra(name)]:
                 self._dismiss(name)
 
     def await_crew(self, timeout_s: float) -> None:
@@ -170,8 +165,13 @@ class Supervisor:
         """Take a worker's work back, and end it if it lives."""
         self._runs = {ref: run for ref, run in self._runs.items() if run[1] != name}
         with suppress(RayError):  # without a coordinator all starts anew
-            ray.get(self._coordinator.release.remote(name))
+            # One beyond the fewest may wait for a node: that is no recovery.
+            ray.get(self._coordinator.release.remote(name, is_missed=not self._is_extra(name)))
         ray.kill(self._actors.pop(name))
+
+    def _is_extra(self, name: str) -> bool:
+        role, _, index = place_of(name).rpartition("-")
+        return int(index) >= self._crews[role].fewest
 
     def _start(self, role: str, place: str) -> None:
         # Always a new name: the coordinator gives nothing more to one that was released.

@@ -19,6 +19,7 @@ import psutil
 import ray
 from ray.exceptions import RayError
 
+from rlgen.actors.heartbeat import Pulse
 from rlgen.actors.placement import role_options
 from rlgen.actors.ray_runtime import RayRuntime
 from rlgen.config import RunConfig, load_config
@@ -186,11 +187,18 @@ class SleepingRuntime(RayRuntime):
         super().__init__(config, storage=storage)
         self._times = times
 
+    def pulses(self, prefix: str) -> list[Pulse]:
+        """Where the workers are whose names begin like this."""
+        return ray.get(self._coordinator.pulses.remote(prefix))
+
+    def whereabouts(self) -> str:
+        """Who works on what, in words."""
+        return ray.get(self._coordinator.describe.remote())
+
     def processes(self, prefix: str) -> list[psutil.Process]:
-        """Workers on this machine whose names begin like this."""
-        pulses = ray.get(self._coordinator.pulses.remote(prefix))
+        """Workers on the driver's node whose names begin like this."""
         here = ray.get_runtime_context().get_node_id()
-        return [psutil.Process(pulse.pid) for pulse in pulses if pulse.node_id == here]
+        return [psutil.Process(p.pid) for p in self.pulses(prefix) if p.node_id == here]
 
     def coordinator_process(self) -> psutil.Process:
         """The coordinator, which is on the driver's machine."""
