@@ -8,7 +8,6 @@ Shapes: B images of this rank, L image tokens.
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from rlgen.grpo.loss import (
     k3_divergence,
     token_mean,
 )
+from rlgen.learner.micro_batch import MicroBatch, micro_batches
 from rlgen.learner.ratio_gate import check_ratio
 from rlgen.learner.sharding import (
     cut,
@@ -41,20 +41,6 @@ from rlgen.nn.weights import load_state
 from rlgen.sampling.scoring import score_tokens
 from rlgen.sampling.units import training_settings
 from rlgen.types import LearnerBatch
-
-
-@dataclass
-class _MicroBatch:
-    """Some images of this rank."""
-
-    class_ids_B: Tensor
-    tokens_BL: Tensor
-    rollout_logprobs_BL: Tensor
-    advantages_B: Tensor
-    ref_logprobs_BL: Tensor | None = None
-    """None without a KL."""
-    proximal_logprobs_BL: Tensor | None = None
-    """Under the policy before the update, where an older one sampled; the first pass finds it."""
 
 
 class Learner:
@@ -108,7 +94,11 @@ class Learner:
             NumericsError: the ratio gate, or a loss or gradient that is not finite. The policy
                 is then as it was before the optimiser step that failed.
         """
-        pieces = self._micro_batches(batch)
+        size = self.config.learner.micro_batch_size
+        pieces = micro_batches(batch, size=size, device=self.device)
+        if self.config.grpo.kl_coef > 0:
+            for piece in pieces:
+                piece.ref_logprobs_BL = self._reference_logprobs(piece)
         is_stale = batch.policy_version < self.policy_version
         coef = self.entropy.coefficient(
             self.config.entropy, step=batch.step, num_steps=self.config.steps
@@ -196,23 +186,7 @@ class Learner:
         if self.reference is not None:
             self.reference.load_state_dict(cut(state["reference"], self.reference.state_dict()))
 
-    def _micro_batches(self, batch: LearnerBatch) -> list[_MicroBatch]:
-        tensors = (
-            torch.from_numpy(array).to(self.device).split(self.config.learner.micro_batch_size)
-            for array in (
-                batch.class_ids_B,
-                batch.tokens_BL.astype("int64"),
-                batch.rollout_logprobs_BL,
-                batch.advantages_B,
-            )
-        )
-        pieces = [_MicroBatch(*piece) for piece in zip(*tensors, strict=True)]
-        if self.config.grpo.kl_coef > 0:
-            for piece in pieces:
-                piece.ref_logprobs_BL = self._reference_logprobs(piece)
-        return pieces
-
-    def _reference_logprobs(self, piece: _MicroBatch) -> Tensor:
+    def _reference_logprobs(self, piece: MicroBatch) -> Tensor:
         inputs = (piece.class_ids_B, piece.tokens_BL, self.settings)
         with torch.no_grad(), autocast(self.device, self.config.learner.dtype):
             if self.reference is not None:
@@ -222,7 +196,7 @@ class Learner:
 
     def _accumulate_gradients(
         self,
-        pieces: list[_MicroBatch],
+        pieces: list[MicroBatch],
         entropy_coef: float,
         *,
         num_images: int,
