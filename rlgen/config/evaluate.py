@@ -24,7 +24,7 @@ class EvaluationPlan:
     """An evaluation: one policy, several guidance scales, the same noise for each."""
 
     config: RunConfig
-    """Of one learner rank that never learns; its rollouts are not guided."""
+    """Without anything of training that could stand in the way; its rollouts are not guided."""
     scales: tuple[float, ...]
     """Guidance scales, ascending; 1 is none."""
     num_images: int
