@@ -51,8 +51,8 @@ class BroadcastSender:
         self._rendezvous: Rendezvous | None = None
         self._group: BroadcastGroup | None = None
 
-    def send(self, manifest: WeightManifest, buffer: Tensor) -> bool:
-        """Broadcast to all who are there; whether anyone was.
+    def send(self, manifest: WeightManifest, buffer: Tensor) -> int:
+        """Broadcast to all who are there; how many were.
 
         Raises:
             WeightTransferError: someone has not got it.
@@ -60,7 +60,7 @@ class BroadcastSender:
         deadline = Deadline(self._config.timeout_s)
         receivers = self._ask(self._store.receivers.remote(), deadline.remaining_s())
         if not receivers:
-            return False
+            return 0
         try:
             rendezvous = self._rendezvous_for(receivers)
             broadcast = Broadcast(
@@ -81,7 +81,7 @@ class BroadcastSender:
             self._leave()
             reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
             raise WeightTransferError(reasons)
-        return True
+        return len(receivers)
 
     def _rendezvous_for(self, receivers: dict[str, str]) -> Rendezvous:
         """Where these meet: a new place unless all of them, and nobody else, are in the group."""
@@ -182,6 +182,7 @@ class BroadcastListener:
                 self._group.broadcast(self._chunks(broadcast.manifest), deadline)
             except RuntimeError as error:  # also what torch raises when memory runs out
                 self._leave()
+                self._buffer = self._buffer.new_empty(0)  # late bytes may still land in the old one
                 return str(error)
             self._arrived = broadcast.manifest
             return ""

@@ -63,7 +63,8 @@ class Publisher:
         Returns:
             metrics: weights/pause_s (the caller's whole wait), weights/transfer_s and
             weights/gb_per_s (without packing and digest; gigabytes handed over once),
-            weights/fallbacks (broadcasts that failed so far).
+            weights/fallbacks (broadcasts that failed so far), weights/broadcast_receivers (who
+            got this one).
         Raises:
             WeightTransferError: the object store does not take it within weights.timeout_s.
         """
@@ -73,7 +74,8 @@ class Publisher:
         manifest, self._buffer = pack_weights(state, version=version, out=self._buffer)
         packed = time.perf_counter()
         self._copy = None
-        if self._sender is not None and self._broadcast(manifest, self._buffer):
+        num_receivers = self._broadcast(manifest, self._buffer)
+        if num_receivers:
             self._copy = self._thread.submit(self._put, manifest, self._buffer)
         else:
             self._put(manifest, self._buffer)
@@ -83,17 +85,19 @@ class Publisher:
             "weights/transfer_s": end - packed,
             "weights/gb_per_s": manifest.num_bytes / (end - packed) / 1e9,
             "weights/fallbacks": float(self.fallbacks),
+            "weights/broadcast_receivers": float(num_receivers),
         }
 
-    def _broadcast(self, manifest: WeightManifest, buffer: np.ndarray) -> bool:
-        """Whether everyone who was there has it; with nobody there the object store serves."""
-        assert self._sender is not None, "only the collective transport broadcasts"
+    def _broadcast(self, manifest: WeightManifest, buffer: np.ndarray) -> int:
+        """How many have it now: everyone who was there, or 0."""
+        if self._sender is None:
+            return 0
         try:
             return self._sender.send(manifest, torch.from_numpy(buffer))
         except WeightTransferError as error:
             self.fallbacks += 1
             _log.warning("policy version %d goes by the object store: %s", manifest.version, error)
-            return False
+            return 0
 
     def _put(self, manifest: WeightManifest, buffer: np.ndarray) -> None:
         """Payload first, version last; no more than two pieces are there twice."""

@@ -10,8 +10,9 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,10 @@ from rlgen.errors import WeightTransferError
 
 Backend = Literal["gloo", "nccl"]
 LOOPBACK = "127.0.0.1"
+_POLL_S = 0.002
+_LOOK_S = 0.1
+_CLOSED = "closed"
+"""The key that whoever leaves sets at the rendezvous."""
 
 
 class Deadline:
@@ -93,12 +98,12 @@ class BroadcastGroup:
         """
         self.group_id = group_id
         timeout = timedelta(seconds=deadline.remaining_s())
-        store = dist.PrefixStore(group_id, server)
+        self._server = dist.PrefixStore(group_id, server)
         with _explained("the process group did not form"):
-            self._group = (
-                _gloo(store, rank, size, host, timeout)
+            self._group: Any = (
+                _gloo(self._server, rank, size, host, timeout)
                 if backend == "gloo"
-                else _nccl(store, rank, size, timeout)
+                else _nccl(self._server, rank, size, timeout)
             )
 
     def broadcast(self, chunks: Sequence[Tensor], deadline: Deadline) -> None:
@@ -108,21 +113,42 @@ class BroadcastGroup:
             chunks: uint8, of the same lengths on all members, on the backend's device.
             deadline: for all of them.
         Raises:
-            WeightTransferError: a member died, or the deadline passed; the group is of no
-                further use.
+            WeightTransferError: a member died, or the deadline passed; the group is closed.
         """
-        for chunk in chunks:
-            options = dist.BroadcastOptions()
-            options.rootRank = options.rootTensor = 0
-            options.timeout = timedelta(seconds=deadline.remaining_s())
-            with _explained("the broadcast broke off"):
-                self._group.broadcast([chunk], options).wait(options.timeout)
+        try:
+            for chunk in chunks:
+                options = dist.BroadcastOptions()
+                options.rootRank = options.rootTensor = 0
+                options.timeout = timedelta(seconds=deadline.remaining_s())
+                with _explained("the broadcast broke off"):
+                    self._await(self._group.broadcast([chunk], options), deadline)
+        except WeightTransferError:
+            self.close()
+            raise
         if chunks and chunks[0].is_cuda:
             torch.cuda.synchronize(chunks[0].device)
 
     def close(self) -> None:
-        """Leave at once; whoever still waits for this member sees its connection end."""
+        """Leave, and let the others know: connections alone do not tell all of them."""
+        if self._group is None:
+            return
+        with suppress(RuntimeError):  # the server went with the sender
+            self._server.set(_CLOSED, "")
         self._group.abort()
+        # Its end waits for operations under way, up to their deadline.
+        last_reference, self._group = [self._group], None
+        Thread(target=last_reference.clear, name="weight-group-end", daemon=True).start()
+
+    def _await(self, work: Any, deadline: Deadline) -> None:
+        next_look = time.monotonic() + _LOOK_S
+        while not work.is_completed():
+            deadline.remaining_s()
+            if time.monotonic() > next_look:
+                next_look = time.monotonic() + _LOOK_S
+                if self._server.check([_CLOSED]):  # fails if the sender is gone
+                    raise WeightTransferError("the broadcast broke off: another member left.")
+            time.sleep(_POLL_S)
+        work.wait()  # raises what went wrong
 
 
 def connect(host: str, port: int, deadline: Deadline) -> dist.Store:
@@ -173,5 +199,6 @@ def _explained(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, WeightTransferError):
             raise
-        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        reason = str(error).splitlines()[0].partition(". This is typically")[0]
+        reason = reason.removeprefix("[").partition("] ")[2] or reason
         raise WeightTransferError(f"{what}: {reason}") from error
