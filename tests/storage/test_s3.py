@@ -44,7 +44,8 @@ def write(root: str, step: int, num_bytes: int = 1000) -> str:
 def test_checkpoints_are_found_read_and_pruned_whoever_wrote_them(s3: S3) -> None:
     root = f"{s3.url}/run"
     assert newest_checkpoint(root, resume_key="mine") is None
-    write(root, 2)
+    first = write(root, 2)
+    assert newest_checkpoint(root, resume_key="mine") == first
     # Another process writes the next one, after this one has listed the folder.
     code = f"from tests.storage.test_s3 import write; write({root!r}, 4)"
     subprocess.run([sys.executable, "-c", code], check=True)
