@@ -72,10 +72,9 @@ class Learner:
         weights_L = block_weights(policy.block_sizes, config.grpo.scale_weight_alpha)
         self._weights_L = None if weights_L is None else weights_L.to(device)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        sharding, dtype = config.learner.sharding, config.learner.dtype
-        self._wrapped = spread(policy, sharding=sharding, dtype=dtype, device=device)
+        self._wrapped = spread(policy, sharding=config.learner.sharding, device=device)
         if self.reference is not None:
-            spread(self.reference, sharding=sharding, dtype=dtype, device=device)
+            spread(self.reference, sharding=config.learner.sharding, device=device)
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=config.learner.lr,

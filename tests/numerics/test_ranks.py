@@ -46,12 +46,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vqgan": ("vqgan_gpt", {}),
     "var": ("var", {"grpo__scale_weight_alpha": 0.7, "learner__gradient_checkpointing": True}),
 }
+BFLOAT16: dict[str, tuple[str, dict[str, Any]]] = {
+    f"bfloat16-{family}": (
+        family,
+        {"learner__dtype": "bfloat16", "grpo__kl_coef": 0.0, "grpo__inner_epochs": 1},
+    )
+    for family in POLICIES
+}
 ON_FOUR = ("plain", "lora", "var")
 SHARDINGS = ("ddp", "fsdp")
 
 
 def updates(case: str, sharding: str, world_size: int) -> dict[str, Any]:
-    family, settings = CASES[case]
+    family, settings = (CASES | BFLOAT16)[case]
     config = config_for(settings, sharding=sharding, world_size=world_size)
     learner = learner_of(family, config)
     batches = batches_of(POLICIES[family](), config, NUM_STEPS)
@@ -85,7 +92,7 @@ def failures(sharding: str, world_size: int) -> dict[str, Any]:
 
 def work(rank: int, world_size: int) -> dict[str, Any]:
     """What each process does; starting them takes most of the time."""
-    cases = CASES if world_size == 2 else ON_FOUR
+    cases = [*CASES, *BFLOAT16] if world_size == 2 else ON_FOUR
     results = {
         f"{case}-{sharding}": updates(case, sharding, world_size)
         for sharding in SHARDINGS
@@ -173,3 +180,18 @@ def test_what_one_rank_alone_finds_not_finite_stops_all_before_the_step(
     for what in ("gradient", "ratio"):
         after = logits_under("llamagen", found[0][f"{what} after"])
         torch.testing.assert_close(after, expected, rtol=0, atol=3e-5)  # logits up to about 5
+
+
+@pytest.mark.parametrize("case", BFLOAT16)
+def test_in_bfloat16_both_shardings_compute_the_same(results_by_rank, case: str) -> None:
+    ddp, fsdp = (results_by_rank[2][0][f"{case}-{sharding}"] for sharding in SHARDINGS)
+    first, other = ddp["metrics"][0], fsdp["metrics"][0]
+    assert first["policy/logprob_gap_mean"] > 1e-4, "the batch was drawn in float32"
+    assert other["policy/logprob_gap_mean"] == pytest.approx(first["policy/logprob_gap_mean"])
+    assert {tensor.dtype for tensor in fsdp["weights"].values()} == {torch.float32}
+    largest = max(gradient.abs().max().item() for gradient in ddp["gradients"].values())
+    for name, gradient in ddp["gradients"].items():
+        # The same products of the same micro-batches; only the sum over the norm differs.
+        torch.testing.assert_close(
+            fsdp["gradients"][name], gradient, rtol=0, atol=1e-6 * largest, msg=name
+        )
