@@ -109,7 +109,7 @@ def live_nodes() -> list[Node]:
         Node(
             name=node["NodeManagerAddress"],
             total=node["Resources"],
-            free=free.get(node["NodeID"], {}),
+            free=free.get(node["NodeID"], node["Resources"]),  # a new node has not reported
             labels=node["Labels"],
         )
         for node in ray.nodes()
@@ -134,10 +134,9 @@ def explain_unmet(
 
 def _find_cluster(configured: str) -> str | None:
     """RAY_ADDRESS, the configured address, or a live cluster that `ray start` made here."""
-    if os.environ.get("RAY_ADDRESS"):
-        return os.environ["RAY_ADDRESS"]
-    if configured != "auto":
-        return configured
+    named = os.environ.get("RAY_ADDRESS") or configured
+    if named != "auto":
+        return None if named == "local" else named
     try:
         address = _CURRENT_CLUSTER.read_text().strip()
     except OSError:

@@ -36,6 +36,8 @@ from rlgen.learner.checkpoint import Part
 from rlgen.types import GroupCounts, Health, LearnerBatch, ScoredRollout, StepRewards, WorkUnit
 
 _GOODBYE_S = 10.0
+_MOST_CALLS = 10_000
+"""Calls that may wait at the coordinator at once: one of every worker; Ray's own limit is 1000."""
 
 
 class RayRuntime:
@@ -169,9 +171,7 @@ class RayRuntime:
         # Beside the driver: they are lost with it, and with nothing else.
         self._coordinator = _beside_driver(Coordinator).remote()
         self._weights = _beside_driver(WeightStore).remote(config.max_policy_lag + 2)
-        self._watchdog = Watchdog(
-            self._coordinator, timeout_s=config.cluster.heartbeat_timeout_s
-        )
+        self._watchdog = Watchdog(self._coordinator, timeout_s=config.cluster.heartbeat_timeout_s)
         if self._with_learner:
             self._store = MomentStoreClient(
                 self._make_moment_store,
@@ -232,9 +232,9 @@ class RayRuntime:
         self._groups = GroupCounts()
         self._supervisor = self._learners = None
 
-    def _make_moment_store(self) -> Any:
+    def _make_moment_store(self, number: int) -> Any:
         shell = ray.remote(MomentStoreActor).options(
-            name=f"{self._name}-moments",
+            name=f"{self._name}-{number}-moments",
             num_cpus=self._config.reward.num_cpus,
             label_selector=dict(self._config.learner.label_selector),
         )
@@ -288,4 +288,5 @@ def _beside_driver(shell: type) -> Any:
     """An actor class whose process is on the driver's node and asks for no resources."""
     node_id = ray.get_runtime_context().get_node_id()
     here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(shell).options(num_cpus=0, scheduling_strategy=here)
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": _MOST_CALLS}
+    return ray.remote(shell).options(**options)

@@ -21,38 +21,26 @@ from rlgen.jobs.bench_orchestration import SleepingRuntime, running
 from rlgen.jobs.bench_workers import StageTimes, tokens_of
 from rlgen.learner.batch import learner_batch, pooled
 from rlgen.sampling.units import training_units
+from tests.clusters import FAST_DEATHS, NODE_STORE_BYTES, cluster_of
 
 pytestmark = pytest.mark.ray
 
 NUM_UNITS = 6
-FAST_DEATHS = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 5,
-}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """2 CPUs and a GPU on demand, 2 CPUs on the spot market."""
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 2,
-            "num_gpus": 1,
-            "labels": {"market": "on-demand"},
-            "include_dashboard": False,
-            "object_store_memory": 100 << 20,
-            "_system_config": FAST_DEATHS,
-        },
-    )
-    add_node(cluster, num_cpus=2, market="spot")
-    cluster.wait_for_nodes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", cluster.address)
+    head = {
+        "num_cpus": 2,
+        "num_gpus": 1,
+        "labels": {"market": "on-demand"},
+        "_system_config": FAST_DEATHS,
+    }
+    with cluster_of(head) as cluster:
+        add_node(cluster, num_cpus=2, market="spot")
+        cluster.wait_for_nodes()
         yield cluster
-    cluster.shutdown()
 
 
 @pytest.fixture
@@ -63,7 +51,7 @@ def driver(cluster: Cluster) -> Iterator[None]:
 
 
 def add_node(cluster: Cluster, *, num_cpus: int, **labels: str) -> Any:
-    return cluster.add_node(num_cpus=num_cpus, labels=labels, object_store_memory=100 << 20)
+    return cluster.add_node(num_cpus=num_cpus, labels=labels, object_store_memory=NODE_STORE_BYTES)
 
 
 def wait_for(is_so: Callable[[], bool], what: str) -> None:
