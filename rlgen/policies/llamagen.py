@@ -114,7 +114,13 @@ class Block(nn.Module):
 class LlamaGen(nn.Module):
     """The GPT: condition slots first, then codes; the output before code i predicts it."""
 
-    float32_parts = ("tok_embeddings", "embedding_table", "attention_norm", "ffn_norm", "norm")
+    float32_parts: tuple[str, ...] = (
+        "tok_embeddings",
+        "embedding_table",
+        "attention_norm",
+        "ffn_norm",
+        "norm",
+    )
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()

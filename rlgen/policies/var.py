@@ -113,7 +113,7 @@ class VAR(OneNullClass, nn.Module):
     """The transformer: the class is the input of the first scale, and modulates every block."""
 
     lvl_1L: Tensor
-    float32_parts = (
+    float32_parts: tuple[str, ...] = (
         "pos_start",
         "pos_1LC",
         "word_embed",

@@ -133,7 +133,7 @@ class Block(nn.Module):
 class VqganGpt(OneNullClass, nn.Module):
     """The GPT: class at position 0, code i at position i + 1, output i predicts code i."""
 
-    float32_parts = ("tok_emb", "pos_emb", "ln1", "ln2", "ln_f")
+    float32_parts: tuple[str, ...] = ("tok_emb", "pos_emb", "ln1", "ln2", "ln_f")
 
     def __init__(self, config: VqganGptConfig) -> None:
         super().__init__()
