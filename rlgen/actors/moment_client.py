@@ -19,7 +19,6 @@ from rlgen.types import StepRewards
 
 _JOURNAL_BYTES = 256 * 2**20
 """Above this the state is read instead, which shortens the journal."""
-_NAME_FREE_S = 10.0
 
 
 class MomentStoreClient:
@@ -27,7 +26,7 @@ class MomentStoreClient:
 
     def __init__(
         self,
-        make: Callable[[], Any],
+        make: Callable[[int], Any],
         *,
         wait: Callable[[Any], Any],
         max_restarts: int,
@@ -35,7 +34,8 @@ class MomentStoreClient:
         """Make the store; it loads meanwhile.
 
         Args:
-            make: creates the actor.
+            make: creates the actor, given how many there were before; the name of a dead one may
+                be taken for a while.
             wait: ray.get with the run's deadline and errors; RayActorError comes out as it is.
             max_restarts: how often one call may find the store dead.
         """
@@ -45,7 +45,7 @@ class MomentStoreClient:
         self._make = make
         self._wait = wait
         self._max_restarts = max_restarts
-        self._actor = make()
+        self._actor = make(0)
         self._initial: dict[str, Any] | None = None
         self._base: Mapping[str, Any] | None = None
         self._journal: list[tuple[str, tuple[Any, ...]]] = []
@@ -116,15 +116,7 @@ class MomentStoreClient:
         """Make the store anew and bring it to the state of the dead one."""
         self.restarts += 1
         began = time.monotonic()
-        deadline = time.monotonic() + _NAME_FREE_S
-        while True:
-            try:
-                self._actor = self._make()
-                break
-            except ValueError:  # the dead actor's name is still taken
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
+        self._actor = self._make(self.restarts)
         if self._base is None:
             return
         try:

@@ -212,7 +212,7 @@ class SleepingRuntime(RayRuntime):
         shell = _actor(SleepingScorer, self._config.reward)
         return shell.remote(name, self._times, self._coordinator)
 
-    def _make_moment_store(self) -> Any:
+    def _make_moment_store(self, number: int) -> Any:
         return ray.remote(ForgetfulStore).options(num_cpus=0).remote()
 
     def _start_learners(self) -> None:

@@ -50,17 +50,17 @@ class MortalStore(MomentStore):
         return os.getpid()
 
 
-def wait(reference: Any) -> Any:
+def wait(answer: Any) -> Any:
     try:
-        return ray.get(reference, timeout=60)
+        return ray.get(answer, timeout=60)
     except RayTaskError as error:
         raise error.cause from None
 
 
 @pytest.fixture
-def make(reference: str) -> Callable[[], Any]:  # noqa: F811
+def make(reference: str) -> Callable[[int], Any]:  # noqa: F811
     config = config_of(reference)
-    return lambda: ray.remote(MortalStore).options(num_cpus=0).remote(config)
+    return lambda _: ray.remote(MortalStore).options(num_cpus=0).remote(config)
 
 
 def kill(client: MomentStoreClient) -> None:
@@ -71,7 +71,7 @@ def commit(store: Any, step: int) -> StepRewards:
     return store.commit(step, step_rewards(step), draw(NUM_IMAGES, seed=10 + step))
 
 
-def test_no_death_changes_a_reward_or_the_state(make: Callable[[], Any], reference: str) -> None:  # noqa: F811
+def test_no_death_changes_a_reward_or_the_state(make: Callable[[int], Any], reference: str) -> None:  # noqa: F811
     expected = started(config_of(reference))
     client = MomentStoreClient(make, wait=wait, max_restarts=3)
     client.await_ready()
@@ -98,7 +98,10 @@ def test_no_death_changes_a_reward_or_the_state(make: Callable[[], Any], referen
     assert dump_state(client.state_dict()) == state_bytes(expected)
 
 
-def test_the_journal_is_cut_where_the_state_is_read(make: Callable[[], Any], reference: str) -> None:  # noqa: F811
+def test_the_journal_is_cut_where_the_state_is_read(
+    make: Callable[[int], Any],
+    reference: str,  # noqa: F811
+) -> None:
     expected = started(config_of(reference))
     client = MomentStoreClient(make, wait=wait, max_restarts=3)
     client.await_ready()
@@ -110,7 +113,7 @@ def test_the_journal_is_cut_where_the_state_is_read(make: Callable[[], Any], ref
     assert_same_answer(commit(client, 1), commit(expected, 1))
 
 
-def test_a_reset_store_starts_over(make: Callable[[], Any], reference: str) -> None:  # noqa: F811
+def test_a_reset_store_starts_over(make: Callable[[int], Any], reference: str) -> None:  # noqa: F811
     client = MomentStoreClient(make, wait=wait, max_restarts=3)
     client.await_ready()
     answers = []
@@ -121,7 +124,7 @@ def test_a_reset_store_starts_over(make: Callable[[], Any], reference: str) -> N
     assert_same_answer(*answers)
 
 
-def test_a_commit_that_is_refused_is_not_repeated_after_a_death(make: Callable[[], Any]) -> None:
+def test_a_commit_that_is_refused_is_not_repeated_after_a_death(make: Callable[[int], Any]) -> None:
     client = MomentStoreClient(make, wait=wait, max_restarts=3)
     client.await_ready()
     client.bootstrap(draw(50, seed=1) + 0.5)
@@ -140,7 +143,7 @@ def test_a_store_that_can_not_live_ends_the_run(tmp_path: Path) -> None:
             return {}
 
     client = MomentStoreClient(
-        lambda: ray.remote(StillBorn).options(num_cpus=0).remote(), wait=wait, max_restarts=1
+        lambda _: ray.remote(StillBorn).options(num_cpus=0).remote(), wait=wait, max_restarts=1
     )
     with pytest.raises(RoleLost, match="died 2 times in one call"):
         client.await_ready()
