@@ -29,6 +29,7 @@ TINY_RUN = [
     "evaluation.cfg_scales=[1.5]",
     "reward.loo_fid.bootstrap_images=200",
     "checkpoint.every_steps=2",
+    "cluster.address=local",
 ]
 
 

@@ -164,7 +164,8 @@ class ClusterConfig(Section):
     """Ray."""
 
     address: str = "auto"
-    """`auto` takes the cluster that RAY_ADDRESS names and starts one here if there is none."""
+    """`auto` takes the cluster that RAY_ADDRESS names, or one of `ray start` on this machine, and
+    starts one here if there is none; `local` always starts one."""
     namespace: str = "rlgen"
     """Ray namespace of the named actors."""
     placement_timeout_s: Positive = 20.0
