@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, *, launch: Launch = launch_proc
     """
     request = _parser().parse_intermixed_args(arguments)
     seeds = parse_seeds(request.seeds)
-    chosen = choose_experiments(request.experiment, request.style_config)
+    chosen = choose_experiments(request.experiment, request.style_config, request.styles)
     if request.jobs < 1:
         raise ConfigError(f"--jobs {request.jobs} must be at least 1.")
     settings = ("runtime=local", *request.settings)
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME,...",
         help="some of rewards, covariance, entropy, guidance, style; default: all",
     )
+    parser.add_argument("--styles", metavar="NAME,...", help="some of slanted, thick, inverted")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; default 1")
     parser.add_argument(
@@ -148,6 +149,7 @@ class _Results:
             {
                 "title": row.title,
                 "variant": row.variant,
+                "is_base": row.is_base,
                 "values": {
                     column.title: [column.measure(values) for values in self.values[row.variant]]
                     for column in row.columns

@@ -50,6 +50,8 @@ class _Claim:
     measure: Callable[..., float]
     """Of the values of one seed for each of the variants."""
     holds: Callable[[float], bool]
+    also: Callable[..., bool] = lambda *values: True
+    """What must be true beside it, of the same values."""
 
 
 GRPO_AR = "arXiv:2603.23086"
@@ -62,6 +64,13 @@ def _after(key: str) -> Callable[[Values], float]:
 
 def _gain(key: str) -> Callable[[Values, Values], float]:
     return lambda first, second: first["after"][key] - second["after"][key]
+
+
+def _is_learnt_with_its_class(run: Values) -> bool:
+    """Whether the base hardly had the style, and the classes were kept."""
+    return (
+        run["before"]["rewards"]["styled"] < 0.05 and run["after"]["rewards"]["class_kept"] >= 0.75
+    )
 
 
 _CLAIMS = (
@@ -94,9 +103,9 @@ _CLAIMS = (
     ),
     _Claim(
         "covariance",
-        "LOO-FID is used with diagonal covariances",
+        "Diagonal covariances are enough for LOO-FID, as published",
         GRPO_AR,
-        "judge FID, diagonal / full; at most 1.1 would make the diagonal enough",
+        "judge FID, diagonal / full; at most 1.1",
         ("diagonal", "both"),
         lambda diagonal, full: diagonal["after"]["judge_fid"] / full["after"]["judge_fid"],
         lambda value: value <= 1.1,
@@ -133,15 +142,11 @@ _CLAIMS = (
             "style",
             f"A style prompt as reward takes a VAR to a style it never saw{addition}",
             GRPO_VAR,
-            "share judged slanted; from under 0.05 to over 0.8, with 0.75 of the classes right",
+            "share judged slanted, after; over 0.8 from under 0.05, with 0.75 of the classes right",
             (variant,),
-            lambda run: (
-                run["after"]["rewards"]["styled"]
-                if run["before"]["rewards"]["styled"] < 0.05
-                and run["after"]["rewards"]["class_kept"] >= 0.75
-                else 0.0
-            ),
+            lambda run: run["after"]["rewards"]["styled"],
             lambda value: value > 0.8,
+            _is_learnt_with_its_class,
         )
         for variant, addition in (
             ("slanted-instance", ""),
@@ -151,7 +156,7 @@ _CLAIMS = (
     _Claim(
         "style",
         "LOO-FID against real slanted digits makes them more like those",
-        "own question",
+        "rlgen",
         "judge FID to real slanted digits, with / without LOO-FID; below 1",
         ("slanted-both", "slanted-instance"),
         lambda both, alone: both["after"]["judge_fid"] / alone["after"]["judge_fid"],
@@ -164,16 +169,19 @@ def findings(names: Sequence[str], runs: Runs) -> list[Finding]:
     """Compare what the chosen experiments found with what was published.
 
     Args:
-        names: of the experiments.
+        names: of the experiments; what they were not asked to run is passed over.
         runs: by variant the values of each seed, in one order.
     """
     found = []
     for claim in _CLAIMS:
-        if claim.experiment not in names:
+        if claim.experiment not in names or not all(v in runs for v in claim.variants):
             continue
-        seeds = zip(*(runs[variant] for variant in claim.variants), strict=True)
+        seeds = list(zip(*(runs[variant] for variant in claim.variants), strict=True))
         per_seed = [claim.measure(*of_seed) for of_seed in seeds]
-        held = [claim.holds(value) for value in per_seed]
+        held = [
+            claim.holds(value) and claim.also(*of_seed)
+            for value, of_seed in zip(per_seed, seeds, strict=True)
+        ]
         outcome: Outcome = "agrees" if all(held) else "mixed" if any(held) else "contradicts"
         found.append(
             Finding(claim.experiment, claim.claim, claim.source, claim.measured, per_seed, outcome)

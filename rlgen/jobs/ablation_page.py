@@ -7,13 +7,13 @@ import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, get_args
 
-from rlgen.jobs.ablation_findings import Finding
+from rlgen.jobs.ablation_findings import Finding, Outcome
 from rlgen.jobs.ablation_plan import Experiment
 
 Table = Sequence[Mapping[str, Any]]
-"""Rows with `title`, `variant`, and per column the `values` of each seed and their `forms`."""
+"""Rows with `title`, `variant`, `is_base`, and by column the `values` of seeds with their `forms`."""
 
 
 def markdown(
@@ -26,7 +26,7 @@ def markdown(
     spread = f", ± standard deviation over {num_seeds} seeds" if num_seeds > 1 else ""
     parts = [
         _markdown_table(
-            ["published", "measured here", "mean (each seed)", "outcome"],
+            ["claim", "measured here", "mean (each seed)", "outcome"],
             [[f"{f.claim} ({f.source})", f.measured, _numbers(f), f.outcome] for f in found],
         )
     ]
@@ -58,13 +58,13 @@ def page(
     return environment.get_template("ablation_template.html").render(
         headline=_headline(found),
         facts=_facts(facts),
-        findings=[{"finding": f, "numbers": _numbers(f), "mark": _MARKS[f.outcome]} for f in found],
+        findings=[{"finding": f, "numbers": _numbers(f)} for f in found],
         sections=[
             {
                 "experiment": experiment,
                 "columns": list(tables[experiment.name][0]["values"]),
                 "rows": [
-                    {"title": row["title"], "cells": _cells(row), "is_base": "base" in row["title"]}
+                    {"title": row["title"], "cells": _cells(row), "is_base": row["is_base"]}
                     for row in tables[experiment.name]
                 ],
                 "grids": _grids(tables[experiment.name], folders),
@@ -78,14 +78,11 @@ def page(
     )
 
 
-_MARKS = {"agrees": "agrees", "mixed": "mixed", "contradicts": "contradicts"}
-
-
 def _headline(found: Sequence[Finding]) -> str:
-    counts = {outcome: sum(f.outcome == outcome for f in found) for outcome in _MARKS}
+    counts = {outcome: sum(f.outcome == outcome for f in found) for outcome in get_args(Outcome)}
     return (
-        f"Of {len(found)} published claims, {counts['agrees']} hold on digits on every seed, "
-        f"{counts['contradicts']} on none, and {counts['mixed']} on some."
+        f"On handwritten digits {counts['agrees']} of {len(found)} claims hold on every seed, "
+        f"{counts['mixed']} on some seeds, and {counts['contradicts']} on none."
     )
 
 
@@ -129,7 +126,7 @@ def _grids(rows: Table, folders: Mapping[str, Path]) -> list[dict[str, str]]:
         files = sorted((folders[row["variant"]] / "grids").glob("step_*.png"))
         if not files:
             continue
-        file = files[0] if "base" in row["title"] else files[-1]
+        file = files[0] if row["is_base"] else files[-1]
         payload = base64.b64encode(file.read_bytes()).decode()
         grids.append({"title": row["title"], "source": f"data:image/png;base64,{payload}"})
     return grids

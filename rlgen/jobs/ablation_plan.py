@@ -3,7 +3,7 @@
 Owns the questions. Must not run anything.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class Row:
     title: str
     variant: str
     columns: tuple[Column, ...]
+    is_base: bool = False
+    """Whether it tells of the policy before the run."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ INSTANCE_ENTROPY = Variant("instance-entropy", ("reward.loo_fid.weight=0", *ENTR
 
 
 def _table(*rows: tuple[str, Variant]) -> tuple[Row, ...]:
-    base = Row("base", rows[0][1].name, _columns("before"))
+    base = Row("base", rows[0][1].name, _columns("before"), is_base=True)
     return (base, *(Row(title, variant.name, _columns("after")) for title, variant in rows))
 
 
@@ -132,18 +134,18 @@ def style_settings(style: str) -> tuple[str, ...]:
     return (f"digits.style={style}", *prompts, *judges)
 
 
-def _style(config: str) -> Experiment:
+def _style(config: str, styles: Sequence[str]) -> Experiment:
     def variant(style: str, *, with_loo_fid: bool) -> Variant:
         name = f"{style}-both" if with_loo_fid else f"{style}-instance"
         weight = () if with_loo_fid else ("reward.loo_fid.weight=0",)
         return Variant(name, (*style_settings(style), *weight, *_NO_SWEEP), config)
 
     variants, rows = [], []
-    for style in STYLES:
+    for style in styles:
         alone, both = variant(style, with_loo_fid=False), variant(style, with_loo_fid=True)
         variants += [alone, both]
         rows += [
-            Row(f"{style}: base", both.name, _style_columns("before")),
+            Row(f"{style}: base", both.name, _style_columns("before"), is_base=True),
             Row(f"{style}: prompt alone", alone.name, _style_columns("after")),
             Row(f"{style}: prompt + LOO-FID", both.name, _style_columns("after")),
         ]
@@ -158,11 +160,12 @@ def _style(config: str) -> Experiment:
     )
 
 
-def experiments(style_config: str) -> dict[str, Experiment]:
+def experiments(style_config: str, styles: Sequence[str] = STYLES) -> dict[str, Experiment]:
     """All experiments by name.
 
     Args:
         style_config: YAML file of the style preset.
+        styles: those that the style experiment asks for.
     """
     both = ("instance and distribution (the default)", BOTH)
     alone = ("instance only", INSTANCE)
@@ -198,27 +201,31 @@ def experiments(style_config: str) -> dict[str, Experiment]:
             "Does the tuned policy without guidance beat its base with the best guidance?",
             (BOTH,),
             (
-                Row("base", BOTH.name, _guidance_columns("before")),
+                Row("base", BOTH.name, _guidance_columns("before"), is_base=True),
                 Row("after GRPO", BOTH.name, _guidance_columns("after")),
             ),
             "The base's best guidance is the best judge FID over evaluation.cfg_scales.",
         ),
-        _style(style_config),
+        _style(style_config, styles),
     )
     return {experiment.name: experiment for experiment in listed}
 
 
-def choose_experiments(names: str | None, style_config: str) -> list[Experiment]:
-    """Read a comma-separated list; None takes all.
+def choose_experiments(
+    names: str | None, style_config: str, styles: str | None = None
+) -> list[Experiment]:
+    """Read comma-separated lists of experiments and styles; None takes all.
 
     Raises:
         ConfigError: a name is unknown.
     """
-    known = experiments(style_config)
+    known = experiments(style_config, _chosen(styles, STYLES, "--styles"))
+    return [known[name] for name in _chosen(names, tuple(known), "--experiment")]
+
+
+def _chosen(names: str | None, known: Sequence[str], option: str) -> list[str]:
     wanted = list(known) if names is None else names.split(",")
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise ConfigError(
-            f"--experiment {','.join(unknown)} is unknown; there are {', '.join(known)}."
-        )
-    return [known[name] for name in dict.fromkeys(wanted)]
+        raise ConfigError(f"{option} {','.join(unknown)} is unknown; there are {', '.join(known)}.")
+    return list(dict.fromkeys(wanted))

@@ -94,6 +94,8 @@ def test_the_variants_differ_in_what_they_are_named_for():
 def test_unknown_experiments_and_seeds_are_refused():
     with pytest.raises(ConfigError, match=r"colour is unknown; there are rewards, covariance"):
         choose_experiments("rewards,colour", PRESET)
+    with pytest.raises(ConfigError, match="--styles bold is unknown; there are slanted, thick"):
+        choose_experiments("style", PRESET, "bold")
     with pytest.raises(ConfigError, match="--seeds 0,a is no list"):
         parse_seeds("0,a")
     with pytest.raises(ConfigError, match="names a seed twice"):
@@ -150,6 +152,7 @@ def test_page_and_markdown_show_the_numbers_and_escape_text(tmp_path):
         {
             "title": row.title,
             "variant": row.variant,
+            "is_base": row.is_base,
             "values": {c.title: [c.measure(v) for v in runs[row.variant]] for c in row.columns},
             "forms": {c.title: c.form for c in row.columns},
         }
@@ -240,27 +243,31 @@ def test_reduced_form_of_the_command(tmp_path, cache_folder, capsys):
     output = tmp_path / "ablation"
     arguments = [
         *("--seeds", "0", "--experiment", "covariance,style", "--output", str(output)),
-        *("--style-config", PRESET),
+        *("--style-config", PRESET, "--styles", "slanted"),
         *TINY_RUN,
-        "steps=2",
-        "evaluation.cfg_scales=[]",
-        "digits.policy_layers=1",
+        *("digits.tokenizer_steps=40", "digits.feature_steps=30", "digits.policy_steps=30"),
+        *("digits.augmentations=1", "digits.policy_layers=1", "digits.preference_steps=5"),
+        *("steps=2", "evaluation.cfg_scales=[]"),
         "tracking.uri=none",
     ]
     assert ablation.main(arguments, launch=launch_here) == 0
     content = json.loads((output / "ablation.json").read_text())
-    assert content["facts"]["runs"] == 8
+    assert content["facts"]["runs"] == 4
     diagonal = content["variants"]["diagonal"]["seeds"][0]
     [_, row, _] = content["experiments"]["covariance"]
     assert row["values"]["judge FID"] == [diagonal["after"]["judge_fid"]]
     style = {row["title"]: row["values"] for row in content["experiments"]["style"]}
-    slanted, thick = style["slanted: base"], style["thick: base"]
-    assert 0 <= slanted["styled"][0] <= 1
-    assert slanted["judge FID to the style"] != thick["judge FID to the style"]
-    assert slanted["class right"] == thick["class right"], "one base, one judge, one noise"
+    assert list(style) == [
+        "slanted: base",
+        "slanted: prompt alone",
+        "slanted: prompt + LOO-FID",
+    ]
+    before = [s["seeds"][0]["before"] for n, s in content["variants"].items() if "slanted" in n]
+    assert before[0]["rewards"] == before[1]["rewards"], "one base, one judge, one noise"
+    assert style["slanted: base"]["styled"] == [before[0]["rewards"]["styled"]]
     text = (output / "ablation.html").read_text()
-    assert text.count("data:image/png;base64,") == 12
-    before = (output / "diagonal-seed0" / "summary.json").stat().st_mtime_ns
+    assert text.count("data:image/png;base64,") == 6
+    written = (output / "diagonal-seed0" / "summary.json").stat().st_mtime_ns
     assert ablation.main(arguments, launch=launch_here) == 0
-    assert "8 of 8 runs are finished already" in capsys.readouterr().out
-    assert (output / "diagonal-seed0" / "summary.json").stat().st_mtime_ns == before
+    assert "4 of 4 runs are finished already" in capsys.readouterr().out
+    assert (output / "diagonal-seed0" / "summary.json").stat().st_mtime_ns == written
