@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 _POLL_S = 0.05
-_RUN_ID_S = 5.0
+_RUN_ID_S = 2.0
+_PATIENCE_S = 3.0
+"""How long a periodic checkpoint waits for the one before; short runs write many small ones."""
 
 
 @dataclass
@@ -64,9 +66,10 @@ class _Save:
 class RunCheckpoints:
     """Writes the checkpoints of one run, as a context that holds the claim on their root.
 
-    One checkpoint is in flight at most. A periodic one that comes due meanwhile is skipped and
-    counted, so slow storage makes checkpoints rarer and never holds up the training; one that the
-    run relies on waits. Failures are counted, and told once until a checkpoint succeeds.
+    One checkpoint is in flight at most. A periodic one that comes due meanwhile waits for seconds,
+    and is then skipped and counted, so slow storage makes checkpoints rarer and hardly holds up
+    the training; one that the run relies on waits. Failures are counted, and told once until a
+    checkpoint succeeds.
     """
 
     def __init__(self, config: RunConfig, recorder: "Recorder") -> None:
@@ -122,13 +125,14 @@ class RunCheckpoints:
         Raises:
             CheckpointError: another run has taken the root; or it must commit, and can't.
         """
+        due = time.monotonic()
         is_relied_on = must_commit or config.guard.action == "rollback"
-        self.settle(timeout_s=self._settings.timeout_s if is_relied_on else 0.0)
+        self.settle(timeout_s=self._settings.timeout_s if is_relied_on else _PATIENCE_S)
         if self._in_flight is not None:
             self._num_skipped += 1
             self._recorder.log_metrics(step, {"checkpoint/skipped": float(self._num_skipped)})
             return
-        self._begin(config, runtime, step)
+        self._begin(config, runtime, step, due)
         if not must_commit:
             return
         failure = self.settle(timeout_s=self._settings.timeout_s)
@@ -190,7 +194,7 @@ class RunCheckpoints:
             discard_checkpoint(newer)
         self._recorder.last_checkpoint = uri
 
-    def _begin(self, config: RunConfig, runtime: Runtime, step: int) -> None:
+    def _begin(self, config: RunConfig, runtime: Runtime, step: int, due: float) -> None:
         """Copy the state and start the thread."""
         uri = checkpoint_uri(self._root, step)
         save = _Save(
@@ -202,7 +206,7 @@ class RunCheckpoints:
         )
         runtime.save_learner(uri)
         own = {MOMENTS: dump_state(runtime.moment_state()), CONFIG: dump_yaml(config).encode()}
-        save.pause_s = time.monotonic() - save.began
+        save.pause_s = time.monotonic() - due
         save.outcome = in_background(lambda: self._write(save, runtime, own), name="checkpoint")
         self._in_flight = save
 

@@ -144,8 +144,9 @@ def test_a_checkpoint_holds_the_whole_run(config: RunConfig, tmp_path: Path, dis
 
 
 def test_training_does_not_wait_and_what_comes_due_meanwhile_is_skipped(
-    config: RunConfig, tmp_path: Path, disk: Disk
+    config: RunConfig, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rlgen.jobs.checkpoints._PATIENCE_S", 0.05)
     record, roles = Record(tmp_path), Roles(config)
     with RunCheckpoints(config, record) as checkpoints:
         disk.is_open.clear()
