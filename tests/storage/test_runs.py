@@ -216,6 +216,7 @@ def make_experiment(uri: str, artifacts: str) -> None:
     MlflowClient(uri).create_experiment("on-s3", artifact_location=artifacts)
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_s3_is_killed_goes_on_and_ends_as_the_undisturbed(
     undisturbed: str, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
