@@ -24,6 +24,8 @@ from rlgen.types import WeightManifest
 
 _TENSOR_BYTES = 16_000_000
 _WAIT_S = 300.0
+_WARM_UP = 3
+"""Versions before the timed ones: they connect, and fill the object store's memory once."""
 _STORES_HELD = 3
 """Copies in the object store at a time: two versions, and the one that is replaced."""
 
@@ -101,8 +103,8 @@ def _measure(request: argparse.Namespace) -> dict[str, Any]:
             ray.get(worker.wait.remote(), timeout=_WAIT_S)
         if request.transport == "collective":
             _await_listeners(store, request.receivers)
-        # The first round finds memory and connects.
-        runs = [_round(learner, workers, version) for version in range(1, request.repeats + 2)][1:]
+        last = request.repeats + _WARM_UP
+        runs = [_round(learner, workers, version) for version in range(1, last + 1)][_WARM_UP:]
         digests = ray.get([actor.digest.remote() for actor in (learner, *workers)], timeout=_WAIT_S)
     finally:
         for actor in (learner, *workers, store):
