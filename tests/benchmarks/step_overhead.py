@@ -47,7 +47,7 @@ def measure(*, block_steps: int, rounds: int, settings: Sequence[str] = ()) -> d
         times: dict[str, list[float]] = {name: [] for name in runtimes}
         try:
             for runtime in runtimes.values():
-                runtime.start(resume_from=None)
+                runtime.start(config)
                 bootstrap_moments(config, runtime)
                 one_step(config, runtime, 0)  # first touch of everything
             for block in range(rounds):

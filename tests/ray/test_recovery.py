@@ -30,7 +30,7 @@ def config(cache_folder: Path) -> RunConfig:
 @pytest.fixture(scope="module")
 def runtime(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayRuntime]:
     runtime = RayRuntime(config, storage=str(tmp_path_factory.mktemp("ray")))
-    runtime.start(resume_from=None)
+    runtime.start(config)
     yield runtime
     runtime.close()
 
@@ -60,9 +60,9 @@ def test_a_killed_worker_changes_no_result(
         np.testing.assert_array_equal(ours.rollout.tokens_BL, theirs.rollout.tokens_BL)
         np.testing.assert_array_equal(ours.rewards["clip"], theirs.rewards["clip"])
     deadline = time.monotonic() + 30
-    while runtime.restarts()[role] == 0 and time.monotonic() < deadline:
+    while runtime.health().restarts[role] == 0 and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert runtime.restarts()[role] == 1
+    assert runtime.health().restarts[role] == 1
 
 
 def test_the_moment_store_is_found_by_name(runtime: RayRuntime) -> None:
