@@ -107,8 +107,8 @@ def throughput(
 
     Returns:
         `efficiency`: ideal over measured seconds, from the first unit's submission to the last
-        answer of the learner. The ideal pipeline keeps every sampler busy, and then scores the
-        last units and learns from them.
+        answer of the learner. The ideal pipeline keeps every sampler busy; their last units end
+        together, so scorers take these in turns, and the learner follows.
     """
     num_scorers = -(-num_workers // _WORKERS_PER_SCORER)
     times = StageTimes(
@@ -119,7 +119,8 @@ def throughput(
     config = _config(
         num_workers, num_scorers, units=num_workers * units_per_worker, steps=steps, lag=lag
     )
-    ideal_s = steps * units_per_worker * unit_s + times.score_s + times.learn_s
+    last_wave_s = -(-num_workers // num_scorers) * times.score_s
+    ideal_s = steps * units_per_worker * unit_s + last_wave_s + times.learn_s
     started = time.perf_counter()
     with running(config, times) as runtime:
         start_s = time.perf_counter() - started
