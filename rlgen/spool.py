@@ -25,7 +25,7 @@ SECRET_NAME = re.compile(r"(?i)passw|secret|credential|(api|access|private)_?key
 MAX_LIST_CHARS = 2000
 
 Record = dict[str, Any]
-Status = Literal["FINISHED", "FAILED"]
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Spool:

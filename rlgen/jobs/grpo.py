@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_trainable(request.config)
     check_local_files(request.config)
     if request.is_dry_run:
-        print(describe_plan(request.config))
+        print(describe_plan(request.config, request.rates))
         return 0
     check_required(request.config)
     return run(request)
@@ -47,12 +47,10 @@ def run(request: Request) -> int:
     A run that was interrupted goes on from its newest checkpoint, be it that the same command is
     given again, or that a role was lost in the middle of it.
     """
-    from rlgen.errors import RoleLost
     from rlgen.jobs.checkpoints import RunCheckpoints
-    from rlgen.jobs.guarding import Rollback
     from rlgen.jobs.prepare import make_runtime, prepare_inputs
     from rlgen.jobs.recorder import Recorder
-    from rlgen.jobs.resuming import after_loss, resumed
+    from rlgen.jobs.resuming import resumed
     from rlgen.jobs.stopping import stop_on_signals
 
     with Recorder(request.config, output=request.output) as recorder:
@@ -63,19 +61,31 @@ def run(request: Request) -> int:
             runtime = make_runtime(config, recorder)
             try:
                 with stop_on_signals(recorder):
-                    while True:
-                        try:
-                            train(config, runtime, recorder, checkpoints)
-                            return 0
-                        except Rollback as rollback:
-                            config = rollback.config
-                            recorder.roll_back(config)
-                        except RoleLost as loss:
-                            checkpoints.let_go(timeout_s=_LAST_CHANCE_S)
-                            config = after_loss(loss, config, recorder)
+                    train_to_the_end(config, runtime, recorder, checkpoints)
             finally:
                 checkpoints.let_go(timeout_s=_LAST_CHANCE_S)
                 runtime.close()
+    return 0
+
+
+def train_to_the_end(
+    config: RunConfig, runtime: "Runtime", recorder: "Recorder", checkpoints: "RunCheckpoints"
+) -> None:
+    """Train, and go on from a checkpoint after a rollback or the loss of a role."""
+    from rlgen.errors import RoleLost
+    from rlgen.jobs.guarding import Rollback
+    from rlgen.jobs.resuming import after_loss
+
+    while True:
+        try:
+            train(config, runtime, recorder, checkpoints)
+            return
+        except Rollback as rollback:
+            config = rollback.config
+            recorder.roll_back(config)
+        except RoleLost as loss:
+            checkpoints.let_go(timeout_s=_LAST_CHANCE_S)
+            config = after_loss(loss, config, recorder)
 
 
 def train(

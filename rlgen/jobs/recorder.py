@@ -59,6 +59,7 @@ class Recorder:
         self._alarms: list[dict[str, Any]] = []
         self._num_resumes = 0
         self.num_rollbacks = 0
+        self._furthest_step = 0
         self.num_losses = 0
         """Roles lost since the last finished step."""
         self.last_checkpoint: str | None = None
@@ -126,7 +127,8 @@ class Recorder:
         health: Health,
     ) -> None:
         """Take in one training step."""
-        self.num_losses = 0
+        if step >= self._furthest_step:  # a step that is done again is no progress
+            self._furthest_step, self.num_losses = step + 1, 0
         self._ledger.trained += len(rewards.advantages_B) // self.config.rollout.group_size
         self._ledger.see(health.groups)
         restarts = {f"restarts/{role}": float(n) for role, n in health.restarts.items()}
