@@ -69,7 +69,10 @@ def memory_estimates(config: RunConfig) -> list[MemoryEstimate]:
     Learner: weights 4 N and, in bfloat16, their cast 2 N; gradients and AdamW's two moments 12 T;
     a frozen or EMA reference 4 N if there is a KL, none with LoRA; logits three times (as they
     come, their log-softmax, its gradient) 4 V per row and token of a micro-batch; activations: see
-    `activation_bytes`.
+    `activation_bytes`. Under fsdp each of R ranks holds 1 / R of weights, gradients, moments and
+    reference, and whole: what is gathered, 4 bytes for each parameter outside the blocks, of the
+    block that computes and of the one fetched ahead; the cast, which autocast keeps of every block
+    until the backward pass; and 4 T of gradients that wait for the last of several micro-batches.
     Reward: the tokenizer, 4 bytes a parameter. Scorers, extractor and judge come on top.
     What the allocator, kernels and CUDA itself take is not counted: leave a tenth.
     """
@@ -95,20 +98,36 @@ def _rollout(config: RunConfig, sizes: PolicySizes, total: int) -> dict[str, flo
 
 
 def _learner(config: RunConfig, sizes: PolicySizes, total: int) -> dict[str, float]:
-    learner = config.learner
+    learner, trained = config.learner, _num_trained(config)
     size = _BYTES[learner.dtype]
     has_copy = config.grpo.kl_coef > 0 and learner.lora is None
-    images = min(learner.micro_batch_size, config.images_per_step // learner.num_workers)
+    per_rank = config.images_per_step // learner.num_workers
+    images = min(learner.micro_batch_size, per_rank)
     rows = images * (1 + (config.rollout.cfg_scale > 1))
+    is_sharded = learner.sharding == "fsdp" and learner.num_workers > 1
+    ranks = learner.num_workers if is_sharded else 1
     return {
-        "weights": total * (4 if size == 4 else 4 + size),
-        "gradients and optimiser": 12 * _num_trained(config),
-        "reference": 4 * total * has_copy,
+        "weights": 4 * total / ranks + (size if size < 4 else 0) * total,
+        "gathered": is_sharded * 4 * _num_gathered(config, total),
+        "gradients and optimiser": 12 * trained / ranks,
+        "whole gradients": is_sharded * (per_rank > images) * 4 * trained,
+        "reference": 4 * total * has_copy / ranks,
         "logits": 3 * 4 * sizes.codebook_size * sizes.num_tokens * rows,
         "activations": activation_bytes(
             sizes, rows, dtype=learner.dtype, is_checkpointed=learner.gradient_checkpointing
         ),
     }
+
+
+def _num_gathered(config: RunConfig, total: int) -> int:
+    """Parameters that fsdp holds whole at once: the root and two of its blocks."""
+    assert config.policy.model is not None, "only called for published models"
+    spec = model_spec(config.policy.model)
+    architecture = architecture_of(spec.name, config.policy.architecture)
+    depth = "depth" if spec.family == "var" else "num_layers"
+    num_blocks = architecture[depth]
+    block = total - num_parameters(spec.family, architecture | {depth: num_blocks - 1})
+    return total - max(num_blocks - 2, 0) * block
 
 
 def activation_bytes(

@@ -12,6 +12,7 @@ from rlgen.config.model_plan import GIB, describe_models, memory_estimates
 from rlgen.config.models import model_spec
 from rlgen.config.roles import role_resources, shared_gpus
 from rlgen.config.run import PublicFile, RunConfig
+from rlgen.config.sizing import Rates, describe_sizing
 from rlgen.errors import ConfigError
 
 _PATH_FIELDS = (
@@ -124,8 +125,13 @@ def uses_embedded(config: RunConfig) -> bool:
     return bool(config.keys_with(EMBEDDED))
 
 
-def describe_plan(config: RunConfig) -> str:
-    """Batch algebra, actors and resources of a run, for people to read."""
+def describe_plan(config: RunConfig, rates: Rates | None = None) -> str:
+    """Batch algebra, actors and resources of a run, for people to read.
+
+    Args:
+        config: the run.
+        rates: what sizes a cluster; without them the plan says how they are measured.
+    """
     rollout, learner, reward = config.rollout, config.learner, config.reward
     per_unit = rollout.conditions_per_unit * rollout.group_size
     per_rank = config.images_per_step // learner.num_workers
@@ -154,6 +160,7 @@ def describe_plan(config: RunConfig) -> str:
         f"  evaluation: {config.evaluation.num_images} images every "
         f"{config.evaluation.every_steps} steps{sweep}",
         *describe_models(config),
+        *describe_sizing(config, rates or Rates()),
     ]
     if config.runtime == "ray":
         lines += ["", "Actors", *_describe_actors(config)]

@@ -7,10 +7,11 @@ Imports nothing heavy, so that --help and --dry-run answer at once.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlgen.config import RunConfig, load_config
+from rlgen.config.sizing import Rates, load_rates
 from rlgen.errors import RlgenError
 
 _EPILOG = """settings:
@@ -26,6 +27,8 @@ class Request:
     config: RunConfig
     output: Path | None
     is_dry_run: bool
+    rates: Rates = field(default_factory=Rates)
+    """What --dry-run sizes a cluster by."""
 
 
 def parse_request(arguments: Sequence[str] | None, *, job: str, description: str) -> Request:
@@ -45,9 +48,18 @@ def parse_request(arguments: Sequence[str] | None, *, job: str, description: str
         "--output", metavar="DIR", type=Path, help="run folder; default: runs/<time>"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument(
+        "--rates",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="size the cluster in --dry-run: a JSON file of `bench sample` or `bench learn`, or a "
+        "run's folder; may be given several times",
+    )
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     known = parser.parse_intermixed_args(arguments)
-    return Request(load_config(known.config, known.settings), known.output, known.dry_run)
+    config = load_config(known.config, known.settings)
+    return Request(config, known.output, known.dry_run, load_rates(known.rates))
 
 
 def run_job(main: Callable[[], int]) -> int:
