@@ -43,7 +43,12 @@ def parse_request(arguments: Sequence[str] | None, *, job: str, description: str
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; sections merge over defaults")
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="YAML file; sections merge over defaults, and over those of a file named before",
+    )
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="run folder; default: runs/<time>"
     )

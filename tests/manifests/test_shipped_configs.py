@@ -19,8 +19,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def run_configs() -> list[Path]:
-    """YAML files under jobs/ that configure a run; the others are Kubernetes objects."""
-    files = sorted((ROOT / "jobs").rglob("*.yaml"))
+    """YAML files in jobs/ that configure a run; the others are Kubernetes objects."""
+    files = sorted((ROOT / "jobs").glob("*.yaml"))
     return [f for f in files if "kind" not in next(yaml.safe_load_all(f.read_text()))]
 
 
