@@ -39,7 +39,7 @@ def connect(config: RunConfig) -> str:
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }
-    address = _find_cluster(config.cluster.address)
+    address = find_cluster(config.cluster.address)
     if address is not None:
         try:
             if re.fullmatch(r"[\w.-]+:\d+", address) and not _listens(address):
@@ -132,7 +132,7 @@ def explain_unmet(
     )
 
 
-def _find_cluster(configured: str) -> str | None:
+def find_cluster(configured: str) -> str | None:
     """RAY_ADDRESS, the configured address, or a live cluster that `ray start` made here."""
     named = os.environ.get("RAY_ADDRESS") or configured
     if named != "auto":

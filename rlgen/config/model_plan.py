@@ -145,6 +145,11 @@ def activation_bytes(
     return sizes.num_layers * layer
 
 
+def num_policy_parameters(config: RunConfig) -> int:
+    """Parameters of the policy; policy.model must be set."""
+    return _num_parameters(config.policy)
+
+
 def _sizes(config: RunConfig) -> PolicySizes:
     assert config.policy.model is not None, "only called for published models"
     spec = model_spec(config.policy.model)
