@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,8 +123,9 @@ def ask_process(
 
         output = in_background(process.stdout.read, name=f"{module}-stdout")
         watching = in_background(lambda: watch(process.stderr), name=f"{module}-stderr")
-        process.stdin.write(given)
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it ended before it read; its stderr says why
+            process.stdin.write(given)
+            process.stdin.close()
         end = time.monotonic() + timeout_s
         while process.poll() is None and time.monotonic() < end and not is_hopeless.is_set():
             time.sleep(0.05)

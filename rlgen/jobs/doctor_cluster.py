@@ -14,12 +14,14 @@ from typing import Any
 from rlgen.actors.placement import find_cluster
 from rlgen.config.roles import Node, role_resources, unmet_roles
 from rlgen.config.run import RunConfig
-from rlgen.jobs.doctor_check import Finding, ask_process
+from rlgen.errors import PlacementError
+from rlgen.jobs.doctor_check import Finding, ask_process, from_error
 from rlgen.jobs.doctor_machine import num_gpus
 from rlgen.storage import is_url
 
 _REFUSED_TOKEN = "InvalidAuthToken"
 """What Ray's core writes to stderr, again and again, for some twenty seconds."""
+_NO_TOKEN = "ray.exceptions.AuthenticationError"
 _ADDRESS_REMEDY = "see that the head runs, and correct RAY_ADDRESS or cluster.address"
 
 
@@ -40,14 +42,14 @@ def find_ray(config: RunConfig, *, timeout_s: float) -> list[Finding]:
         given=config.model_dump_json(),
         give_up_on=_REFUSED_TOKEN,
     )
-    if _REFUSED_TOKEN in answer.errors:
+    if _REFUSED_TOKEN in answer.errors or _NO_TOKEN in answer.errors:
         return [_refused(address)]
     if answer.value is None:
         last = "".join(answer.errors.strip().splitlines()[-1:])
         found = f"{address} gives no answer in {timeout_s:g} s" if answer.is_late else last
         return [Finding("ray", "failure", found, _ADDRESS_REMEDY)]
     if answer.value["error"] is not None:
-        return [Finding("ray", "failure", answer.value["error"], _ADDRESS_REMEDY)]
+        return [from_error("ray", PlacementError(answer.value["error"]))]
     return judge_nodes(config, address, answer.value["nodes"])
 
 

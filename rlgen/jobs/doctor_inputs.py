@@ -82,7 +82,7 @@ def find_weights(config: RunConfig, *, timeout_s: float) -> list[Finding]:
     if all(finding.verdict == "ok" for finding in findings):
         findings += _opened(config)
     if uses_embedded(config):
-        findings.append(Finding("weights", "ok", "embedded default: trained once, then cached"))
+        findings.append(Finding("weights embedded", "ok", "trained once, then cached"))
     return findings
 
 
@@ -99,8 +99,8 @@ def _opened(config: RunConfig) -> list[Finding]:
     try:
         check_named_files(config)
     except RlgenError as error:
-        return [from_error("weights", error)]
-    return [Finding("weights", "ok", "every file opens as what it should be")]
+        return [from_error("weights opened", error)]
+    return [Finding("weights opened", "ok", "every file opens as what it should be")]
 
 
 def check_file(key: str, location: str, *, sha256: str | None, end: float) -> Finding:

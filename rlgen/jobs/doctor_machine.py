@@ -107,14 +107,16 @@ def check_spill(folder: Path) -> Finding:
     """Whether Ray may spill objects to its folder."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     usage = shutil.disk_usage(existing)
-    used = 1 - usage.free / usage.total
-    found = f"{usage.free / GIB:.1f} GiB free at {folder}, {100 * used:.0f} % used"
+    usable = (usage.free - (1 - _SPILL_LIMIT) * usage.total) / GIB
+    found = (
+        f"{max(usable, 0.0):.1f} GiB of {usage.total / GIB:.0f} GiB that Ray may fill at {folder}"
+    )
     remedy = "free some, or point RAY_TMPDIR and `ray start --temp-dir` to another disk"
     if not os.access(existing, os.W_OK):
         return Finding("spill space", "failure", f"{folder} can't be written", remedy)
-    if used >= _SPILL_LIMIT:
-        return Finding("spill space", "failure", f"{found}: Ray spills nothing there", remedy)
-    if usage.free < _LITTLE_GIB * GIB:
+    if usable <= 0:
+        return Finding("spill space", "failure", f"{found}: it spills nothing", remedy)
+    if usable < _LITTLE_GIB:
         return Finding("spill space", "warning", found, remedy)
     return Finding("spill space", "ok", found)
 
