@@ -13,7 +13,7 @@ from rlgen.jobs.ablation_findings import Finding, Outcome
 from rlgen.jobs.ablation_plan import Experiment
 
 Table = Sequence[Mapping[str, Any]]
-"""Rows with `title`, `variant`, `is_base`, and by column the `values` of seeds with their `forms`."""
+"""Rows with `title`, `variant`, `is_base`, the `values` of all seeds by column, and `forms`."""
 
 
 def markdown(
