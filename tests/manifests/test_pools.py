@@ -15,7 +15,6 @@ from rlgen.config.run import RunConfig
 from rlgen.jobs import grpo
 from tests.manifests.rendered import (
     JOBS,
-    OVERLAYS,
     ROOT,
     cluster_specs,
     files,
@@ -127,24 +126,6 @@ def test_a_label_that_differs_from_the_selector_is_found(group: str, tmp_path: P
     changed["labels"]["rlgen/role"] = "sampler"
     missing = unmet(config_of("vqgan-1.4b-256", tmp_path), nodes(cluster))
     assert group in missing
-
-
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_rays_autoscaler_reads_the_pool_as_it_is_meant(name: str) -> None:
-    from ray.autoscaler._private.kuberay.autoscaling_config import (
-        _derive_autoscaling_config_from_ray_cr,
-    )
-
-    cluster = only(f"cluster/overlays/{name}", "RayCluster")
-    read = _derive_autoscaling_config_from_ray_cr(copy.deepcopy(cluster))["available_node_types"]
-    for group in cluster["spec"]["workerGroupSpecs"]:
-        node_type = read[group["groupName"]]
-        assert node_type["labels"] == group["labels"]
-        assert node_type["max_workers"] == group["maxReplicas"]
-        expected = nodes({"workerGroupSpecs": [{**group, "maxReplicas": 1}]})[0]
-        assert node_type["resources"]["CPU"] == expected.total["CPU"]
-        assert node_type["resources"].get("GPU", 0) == expected.total["GPU"]
-    assert read["headgroup"]["resources"]["CPU"] == 0
 
 
 def test_what_holds_the_state_of_a_run_is_not_on_spot_nodes(tmp_path: Path) -> None:
