@@ -5,6 +5,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,12 +19,17 @@ import pytest
 from rlgen.config import load_config
 from rlgen.jobs.doctor_check import Finding
 from rlgen.jobs.doctor_cluster import find_ray
-from tests.unit.test_doctor import closed_port
 
 pytestmark = pytest.mark.ray
 
 _START_S = 120.0
 _ANSWER_S = 60.0
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
