@@ -87,9 +87,9 @@ def hurt(role: str, root: psutil.Process, kind: signal.Signals = signal.SIGKILL)
     return await_that(send, f"a {role} process")
 
 
-def await_that(find: Callable[[], Any], what: str) -> Any:
+def await_that(find: Callable[[], Any], what: str, *, deadline_s: float = _DEADLINE_S) -> Any:
     """Ask again and again until the answer is true; the answer."""
-    deadline = time.monotonic() + _DEADLINE_S
+    deadline = time.monotonic() + deadline_s
     while time.monotonic() < deadline:
         try:
             if found := find():
@@ -97,7 +97,7 @@ def await_that(find: Callable[[], Any], what: str) -> Any:
         except psutil.Error:
             pass
         time.sleep(0.02)
-    raise AssertionError(f"no {what} within {_DEADLINE_S:g} s")
+    raise AssertionError(f"no {what} within {deadline_s:g} s")
 
 
 def steps_done(output: Path) -> int:
