@@ -137,13 +137,15 @@ def test_secrets_do_not_get_into_the_report(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_process_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     (tmp_path / "hangs.py").write_text(
         "import subprocess, sys\n"
-        "child = subprocess.Popen(['sleep', '300'])\n"
+        "child = subprocess.Popen(['sleep', '40'])\n"
         "print(child.pid, file=sys.stderr, flush=True)\n"
         "child.wait()\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
+        start = time.monotonic()
         answer = ask_process("hangs", timeout_s=2.0)
+    assert time.monotonic() - start < 20, "a child that lives holds the pipes open"
     assert answer.is_late and answer.value is None
     status = Path(f"/proc/{int(answer.errors)}/stat")
     for _ in range(100):  # the kernel may take a moment

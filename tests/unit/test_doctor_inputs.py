@@ -85,16 +85,15 @@ def test_remote_weights_are_read_and_not_kept(
 @contextmanager
 def server(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
     """A server that gives each path, up to the query, a status and a text; others get a 404."""
-    seen: list[str | None] = []
+    released = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            seen.append(self.headers["Authorization"])
             status, text = answers.get(self.path.partition("?")[0], (404, ""))
             if "token" in answers and self.headers["Authorization"] != answers["token"][1]:
                 status = 401
             if status == 0:
-                time.sleep(1.0)
+                released.wait(20.0)
                 return
             self.send_response(status)
             self.end_headers()
@@ -108,6 +107,7 @@ def server(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
     try:
         yield f"127.0.0.1:{running.server_port}"
     finally:
+        released.set()
         running.shutdown()
         running.server_close()
 
@@ -138,6 +138,8 @@ def test_an_mlflow_server_is_judged_by_what_it_answers(
         found = mlflow_findings(f"http://{address}")
     assert {name: f.verdict for name, f in found.items()} == verdicts
     assert all(f.remedy for f in found.values() if f.verdict == "failure")
+    is_refused = experiment[0] in (401, 403)
+    assert ("MLFLOW_TRACKING_TOKEN" in found["mlflow"].remedy) == is_refused
 
 
 def test_credentials_are_sent_and_not_shown() -> None:
