@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from rlgen.config.learning import LearnerConfig
@@ -45,7 +46,7 @@ def connect(config: RunConfig) -> str:
             if re.fullmatch(r"[\w.-]+:\d+", address) and not _listens(address):
                 raise ConnectionError("nothing listens there")
             context = ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
             raise PlacementError(
                 f"there is no Ray to connect to at {address} ({error}); check RAY_ADDRESS and "
                 "cluster.address, and RAY_AUTH_TOKEN if the cluster asks for tokens."
