@@ -84,8 +84,10 @@ def _guidance_columns(side: str) -> tuple[Column, ...]:
         Column("judge FID, best guidance", _of(side, "judge_fid_best_cfg")),
         Column("best scale", _of(side, "best_cfg_scale"), ".2f"),
         Column("recall, no guidance", _of(side, "recall"), ".3f"),
-        Column("images/s, no guidance", _of(side, "images_per_s"), ".0f"),
-        Column("images/s, best guidance", _of(side, "images_per_s_cfg"), ".0f"),
+        Column(
+            "images/s, no / best guidance",
+            lambda values: values[side]["images_per_s"] / values[side]["images_per_s_cfg"],
+        ),
     )
 
 
