@@ -85,6 +85,10 @@ def clipped_surrogate(
         importance: w, of the same `ratio`; None is 1 for all.
     """
     difference = logprobs_BL - proximal_logprobs_BL
+    if importance is not None:
+        # A filter may leave out what an older policy drew: such a token counts 0 times, whatever
+        # its ratio, which would be 0 / 0.
+        difference = difference.masked_fill(proximal_logprobs_BL.isinf(), 0.0)
     if ratio == "sequence":
         difference = token_mean(difference, weights_L)[:, None]
         weights_L = None
@@ -111,6 +115,8 @@ def k3_divergence(
 ) -> Tensor:
     """exp(d) - d - 1 with d = ref - new, never negative.
 
+    Where top-k or top-p leave a token out under either policy d is infinite; it counts as 0.
+
     Args:
         logprobs_BL: under the policy that is trained.
         ref_logprobs_BL: under the reference.
@@ -122,6 +128,7 @@ def k3_divergence(
     Source: J. Schulman, "Approximating KL divergence", 2020.
     """
     difference = ref_logprobs_BL - logprobs_BL
+    difference = difference.masked_fill(~difference.isfinite(), 0.0)
     if level == "sequence":
         difference = token_mean(difference, weights_L)[:, None]
         weights_L = None

@@ -32,6 +32,8 @@ from rlgen.tracking import Status, Tracker, ui_command
 from rlgen.types import Health, ScoredRollout, StepRewards
 
 _FLUSH_S = 60.0
+_OUTAGE_S = 5.0
+"""Wait for a tracking server that does not take records; they stay in the spool."""
 
 
 class Recorder:
@@ -82,7 +84,8 @@ class Recorder:
         self._memory.__exit__(kind, error, trace)
         if self._tracker is not None:
             status: Status = "KILLED" if isinstance(error, Stopped) else "FAILED"
-            self._tracker.close("FINISHED" if error is None else status, timeout_s=_FLUSH_S)
+            patience_s = _OUTAGE_S if self._tracker.warnings else _FLUSH_S
+            self._tracker.close("FINISHED" if error is None else status, timeout_s=patience_s)
             for warning in self._tracker.warnings:
                 self._progress.say(warning)
 

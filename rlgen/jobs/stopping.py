@@ -5,6 +5,7 @@ loop asks at the end of each step; a step that takes too long is given up.
 """
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -28,8 +29,12 @@ class Stoppable(Protocol):
 def stop_on_signals(recorder: Stoppable) -> Iterator[None]:
     """While this context is open, the first signal asks for a stop; a second one insists.
 
-    Opened after Ray is started, which installs handlers of its own.
+    Opened after Ray is started, which installs handlers of its own. Outside the main thread, where
+    Python allows no handlers, it does nothing.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def give_up(*_: object) -> None:
         signal.alarm(0)

@@ -80,6 +80,18 @@ def test_a_killed_driver_goes_on_by_the_same_command_in_the_same_mlflow_run(
     assert tracked.info.status == "FINISHED"
 
 
+def test_the_actors_beside_the_driver_may_be_killed(
+    undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    with running(output) as job:
+        for step, role in ((2, "coordinator"), (7, "weights")):
+            await_that(lambda step=step: steps_done(output) >= step, f"step {step}")
+            hurt(role, psutil.Process(job.pid))
+        finish(job)
+    check_as_undisturbed(summary_of(output), undisturbed)
+
+
 @pytest.mark.parametrize("role", ["rollout", "learner"])
 def test_a_process_that_hangs_is_found_and_replaced(
     undisturbed: dict[str, Any], tmp_path: Path, role: str

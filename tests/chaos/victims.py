@@ -27,6 +27,8 @@ TITLES = {
     "reward": "ray::RewardWorker",
     "moments": "ray::MomentStoreActor",
     "learner": "ray::RayTrainWorker",
+    "coordinator": "ray::Coordinator",
+    "weights": "ray::WeightStore",
 }
 _DEADLINE_S = 300.0
 

@@ -12,6 +12,7 @@ import torch
 
 from rlgen.config import RunConfig
 from rlgen.errors import ConfigError
+from rlgen.features.outputs import ExtractorOutputs
 from rlgen.moments.classes import class_means
 from rlgen.moments.moments import batch_moments
 from rlgen.moments.reference import ReferenceMoments, load_reference, save_reference
@@ -58,6 +59,9 @@ class Painter:
 
     def __call__(self, images_01: torch.Tensor) -> torch.Tensor:
         return images_01.mean(dim=(2, 3))
+
+    def outputs(self, images_01: torch.Tensor) -> ExtractorOutputs:
+        return ExtractorOutputs(self(images_01))
 
 
 def rollout(unit: Any) -> Rollout:

@@ -237,3 +237,39 @@ def test_an_image_counts_by_its_own_weight_and_weights_of_tokens_enter_its_ratio
         importance=found,
     )
     torch.testing.assert_close(surrogate.loss_B, -advantages * expected)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_token_that_the_filter_leaves_out_by_now_counts_nothing(ratio) -> None:
+    """An older policy drew it inside its top-k; under the policy before the update it is outside."""
+    out = -math.inf
+    rollout = torch.tensor([[-1.0, -2.0], [-1.5, -0.5]])
+    proximal = torch.tensor([[-1.0, out], [-1.5, -0.5]])
+    logits = torch.tensor([[-0.8, 0.0], [-1.5, -0.7]], requires_grad=True)
+    logprobs = logits.masked_fill(torch.tensor([[False, True], [False, False]]), out)
+    importance = importance_weights(proximal, rollout, ratio=ratio, cap=2.0)
+    assert not importance.truncated.any()
+    found = clipped_surrogate(
+        logprobs,
+        proximal,
+        torch.ones(2),
+        ratio=ratio,
+        clip_low=0.2,
+        clip_high=0.3,
+        importance=importance,
+    )
+    # Image 0: e^0.2 and nothing for the token outside; the whole image, if it counts as one.
+    first = -math.exp(0.2) / 2 if ratio == "token" else 0.0
+    second = -(1 + math.exp(-0.2)) / 2 if ratio == "token" else -math.exp(-0.1)
+    torch.testing.assert_close(found.loss_B.detach(), torch.tensor([first, second]))
+    (gradient,) = torch.autograd.grad(found.loss_B.sum(), logits)
+    assert gradient.isfinite().all() and gradient[0, 1] == 0.0
+
+
+def test_k3_of_a_token_outside_either_filter_is_zero() -> None:
+    new = torch.tensor([[-1.0, -math.inf, -2.0]], requires_grad=True)
+    found = k3_divergence(new, torch.tensor([[-1.5, -1.0, -math.inf]]))
+    expected = (math.exp(-0.5) + 0.5 - 1.0) / 3
+    torch.testing.assert_close(found.detach(), torch.tensor([expected]))
+    (gradient,) = torch.autograd.grad(found.sum(), new)
+    assert gradient.isfinite().all()
