@@ -169,7 +169,11 @@ class _Results:
             "findings": [finding.as_json() for finding in self.findings],
             "experiments": tables,
             "variants": {
-                name: {"settings": of_variant[0].variant.settings, "seeds": self.values[name]}
+                name: {
+                    "settings": of_variant[0].variant.settings,
+                    # The series are in each run's metrics.jsonl, a hundred times as long.
+                    "seeds": [run.summary() for run in of_variant],
+                }
                 for name, of_variant in self.runs.items()
             },
         }
