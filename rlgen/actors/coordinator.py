@@ -58,7 +58,8 @@ class LearnerCommand:
 class Coordinator:
     """Work queues and the learners' mailbox, as an asyncio actor."""
 
-    def __init__(self) -> None:
+    def __init__(self, attempt: int = 0) -> None:
+        """Serve this attempt of the learners; a coordinator that replaces another begins late."""
         self._dispatcher = Dispatcher()
         self._changed = asyncio.Condition()
         self._error: BaseException | None = None
@@ -70,7 +71,7 @@ class Coordinator:
         self._commands: list[LearnerCommand] = []
         self._answers: dict[tuple[int, int], Any] = {}
         self._saves: dict[str, list[Part] | StorageError] = {}
-        self._attempt = 0
+        self._attempt = attempt
         self._last_beats: dict[Pulse, float] = {}
 
     async def submit(self, units: Sequence[WorkUnit]) -> None:

@@ -169,7 +169,7 @@ class RayRuntime:
         """Make every actor but the learners."""
         config = self._config
         # Beside the driver: they are lost with it, and with nothing else.
-        self._coordinator = _beside_driver(Coordinator).remote()
+        self._coordinator = _beside_driver(Coordinator).remote(self._attempt)
         self._weights = _beside_driver(WeightStore).remote(config.max_policy_lag + 2)
         self._watchdog = Watchdog(self._coordinator, timeout_s=config.cluster.heartbeat_timeout_s)
         if self._with_learner:
