@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from rlgen.actors.coordinator import LIFE, place_of
-from rlgen.errors import RlgenError
+from rlgen.errors import RlgenError, RoleLost
 
 _WATCH_S = 0.2
 
@@ -140,7 +140,9 @@ class Supervisor:
         try:
             ray.get(reference)  # told to stop
         except RayError as error:
-            if is_infrastructure(error):
+            if _is_loss_beside_driver(error):
+                self._coordinator.fail.remote(RoleLost(f"{name} found no weight store any more."))
+            elif is_infrastructure(error):
                 self._replace(role, name)
             else:
                 self._coordinator.fail.remote(_meant_for_people(error, name))
@@ -186,6 +188,11 @@ def is_infrastructure(error: RayError) -> bool:
     if isinstance(error, RayTaskError):
         return isinstance(error.cause, RayError)
     return True
+
+
+def _is_loss_beside_driver(error: RayError) -> bool:
+    """Whether the worker lives and an actor that it called does not: a new worker helps nothing."""
+    return isinstance(error, RayTaskError) and isinstance(error.cause, ActorDiedError)
 
 
 def _meant_for_people(error: RayError, name: str) -> RlgenError:
