@@ -1,17 +1,7 @@
 """The doctor before a real cluster that asks for a token."""
 
-import os
-import re
-import secrets
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,6 +9,7 @@ import pytest
 from rlgen.config import load_config
 from rlgen.jobs.doctor_check import Finding
 from rlgen.jobs.doctor_cluster import find_ray
+from tests.heads import Head, closed_port, ray_head
 
 pytestmark = pytest.mark.ray
 
@@ -26,64 +17,10 @@ _START_S = 120.0
 _ANSWER_S = 60.0
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@dataclass(frozen=True)
-class Head:
-    """A running head node."""
-
-    address: str
-    token: str
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """`ray start --head` with token authentication, in a folder and on ports of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path must be short
-    token = secrets.token_hex(32)
-    flags = {
-        "port": closed_port(),
-        "dashboard-port": closed_port(),
-        "dashboard-agent-listen-port": closed_port(),
-        "ray-client-server-port": closed_port(),
-        "num-cpus": 2,
-        "num-gpus": 0,
-        "object-store-memory": 100 << 20,
-        "include-dashboard": "false",
-        "temp-dir": folder,
-    }
-    ray = Path(sys.executable).with_name("ray")
-    command = [str(ray), "start", "--head", "--block", "--disable-usage-stats"]
-    log = folder / "start.log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [*command, *(f"--{name}={value}" for name, value in flags.items())],
-            env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        end = time.monotonic() + _START_S
-        while "will now block" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-            time.sleep(0.2)
-        plain = re.sub(r"\x1b\[\d*m", "", log.read_text())
-        host = re.search(r"Local node IP: ([\d.]+)", plain)
-        assert host is not None, plain
-        yield Head(f"{host[1]}:{flags['port']}", token)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
-        shutil.rmtree(folder, ignore_errors=True)
+    with ray_head("--include-dashboard=false") as head:
+        yield head
 
 
 @pytest.fixture

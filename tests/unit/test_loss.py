@@ -241,7 +241,7 @@ def test_an_image_counts_by_its_own_weight_and_weights_of_tokens_enter_its_ratio
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_a_token_that_the_filter_leaves_out_by_now_counts_nothing(ratio) -> None:
-    """An older policy drew it inside its top-k; under the policy before the update it is outside."""
+    """An older policy drew it inside its top-k; the policy before the update has it outside."""
     out = -math.inf
     rollout = torch.tensor([[-1.0, -2.0], [-1.5, -0.5]])
     proximal = torch.tensor([[-1.0, out], [-1.5, -0.5]])
