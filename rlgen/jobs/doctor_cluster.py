@@ -21,7 +21,7 @@ from rlgen.storage import is_url
 
 _REFUSED_TOKEN = "InvalidAuthToken"
 """What Ray's core writes to stderr, again and again, for some twenty seconds."""
-_NO_TOKEN = "ray.exceptions.AuthenticationError"
+_NO_TOKEN = "no authentication token was found"
 _ADDRESS_REMEDY = "see that the head runs, and correct RAY_ADDRESS or cluster.address"
 
 
@@ -42,7 +42,8 @@ def find_ray(config: RunConfig, *, timeout_s: float) -> list[Finding]:
         given=config.model_dump_json(),
         give_up_on=_REFUSED_TOKEN,
     )
-    if _REFUSED_TOKEN in answer.errors or _NO_TOKEN in answer.errors:
+    error = "" if answer.value is None else answer.value["error"] or ""
+    if _REFUSED_TOKEN in answer.errors or _NO_TOKEN in error:
         return [_refused(address)]
     if answer.value is None:
         last = "".join(answer.errors.strip().splitlines()[-1:])
