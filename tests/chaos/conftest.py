@@ -14,13 +14,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--chaos-rounds") < 2:
-        for item in items:
-            if item.get_closest_marker("full"):
-                item.add_marker(pytest.mark.skip(reason="--chaos-rounds is 1: the reduced form"))
-
-
 @pytest.fixture(scope="session")
 def rounds(pytestconfig: pytest.Config) -> int:
     return pytestconfig.getoption("--chaos-rounds")

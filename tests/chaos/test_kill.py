@@ -80,7 +80,6 @@ def test_a_killed_driver_goes_on_by_the_same_command_in_the_same_mlflow_run(
     assert tracked.info.status == "FINISHED"
 
 
-@pytest.mark.full
 def test_the_actors_beside_the_driver_may_be_killed(
     undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from tests.heads import RAY, Head, ray_head
 NUM_STEPS = 60
 """Still going when the slow command line of Ray asks."""
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.full]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
