@@ -1,13 +1,12 @@
 """Experiment tracking in MLflow, off the hot path.
 
-Owns the tracker and the only import of MLflow in rlgen. Must not know what is trained. A call
-writes one line to the spool and returns; the spool's thread does everything that talks to MLflow,
-so a slow, refusing or absent server costs a step nothing. `python -m rlgen.tracking RUN_DIR URI`
-sends later what a run could not send.
+Owns the tracker: which records a run makes, and where they may go. Must not know what is trained. A
+call writes one line to the spool and returns; the spool's thread does everything that talks to
+MLflow (mlflow_run.py), so a slow, refusing or absent server costs a step nothing.
+`python -m rlgen.tracking RUN_DIR URI` sends later what a run could not send.
 """
 
 import argparse
-import logging
 import os
 import re
 import shlex
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlgen.errors import ConfigError, RlgenError
+from rlgen.mlflow_run import MlflowRun
 from rlgen.spool import (
     SPOOL_NAME,
     Record,
@@ -31,9 +31,6 @@ from rlgen.spool import (
 )
 
 NO_TRACKING = "none"
-FILE_ATTEMPTS = 3
-METRICS_PER_CALL = 1000
-PARAMS_PER_CALL = 100
 # Retries are the spool's business, and telemetry would call a foreign host.
 MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -113,7 +110,7 @@ class Tracker:
         self._uri = _absolute(uri) if uri.startswith("sqlite:") else uri
         self._names = (experiment, run_name)
         self._run_id = run_id
-        self._run: _MlflowRun | None = None
+        self._run: MlflowRun | None = None
         self._run_id_known = threading.Event()
         self._is_on = uri != NO_TRACKING
         if not self._is_on:
@@ -195,159 +192,12 @@ class Tracker:
         if ends:
             run.end(ends[-1])
 
-    def _open_run(self) -> "_MlflowRun":
-        run = _MlflowRun(self._uri, *self._names, run_id=self._run_id)
+    def _open_run(self) -> MlflowRun:
+        run = MlflowRun(self._uri, *self._names, run_id=self._run_id)
         self._run_id = run.run_id
         self._run_id_known.set()
         self._spool.put_run(run.run_id)
         return run
-
-
-class _MlflowRun:
-    """One MLflow run as the tracking thread sees it: every call blocks, and may be repeated."""
-
-    def __init__(self, uri: str, experiment: str, run_name: str, *, run_id: str | None) -> None:
-        # The import takes seconds; only this thread pays.
-        from mlflow import MlflowClient
-
-        # urllib3 prints every retry; the tracker tells the user once.
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-        artifacts: str | None = None
-        if uri.startswith("sqlite:"):
-            folder = Path(uri.removeprefix("sqlite:///")).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            artifacts = str(folder / "mlartifacts")
-        self._client = MlflowClient(tracking_uri=uri)
-        run = None if run_id is None else self._reopened(run_id)
-        self._is_resumed = run is not None
-        if run is None:
-            found = self._client.get_experiment_by_name(experiment)
-            experiment_id = (
-                found.experiment_id
-                if found is not None
-                else self._client.create_experiment(experiment, artifact_location=artifacts)
-            )
-            tags = None if run_id is None else {"rlgen.resumed_from": run_id}
-            run = self._client.create_run(experiment_id, run_name=run_name, tags=tags)
-        self.run_id: str = run.info.run_id
-        self.refusals: list[str] = []
-        self._params: dict[str, str] = dict(run.data.params)
-        self._last_steps: dict[str, int] = {}
-        self._image_steps = self._logged_image_steps() if self._is_resumed else set()
-        self._failures: dict[str, int] = {}
-
-    def _reopened(self, run_id: str) -> Any:
-        """Return the run, or None if this store has no such run: it was tracked elsewhere."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.update_run(run_id, status="RUNNING")
-            return self._client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-
-    def log_values(self, records: list[Record]) -> None:
-        """Send params, tags and metrics in as few calls as MLflow's limits allow."""
-        from mlflow.entities import Metric, Param, RunTag
-
-        tags: dict[str, str] = {}
-        params: dict[str, str] = {}
-        metrics: list[Any] = []
-        for record in records:
-            if record["kind"] == "tags":
-                tags |= record["values"]
-            elif record["kind"] == "params":
-                params |= record["values"]
-            else:
-                metrics += [
-                    Metric(name, value, record["time_ms"], record["step"])
-                    for name, value in record["values"].items()
-                    if record["step"] > self._last_step(name)
-                ]
-        # A param can't change in MLflow; what a resumed run changed becomes a tag.
-        for name, value in params.items():
-            if self._params.get(name, value) != value:
-                tags[f"resumed.{name}"] = value
-        new_params = [Param(k, v) for k, v in params.items() if k not in self._params]
-        for i in range(0, len(new_params), PARAMS_PER_CALL):
-            chunk = new_params[i : i + PARAMS_PER_CALL]
-            self._log_batch(params=chunk)
-            self._params |= {param.key: param.value for param in chunk}
-        if tags:
-            self._log_batch(tags=[RunTag(name, value) for name, value in tags.items()])
-        for i in range(0, len(metrics), METRICS_PER_CALL):
-            points = metrics[i : i + METRICS_PER_CALL]
-            self._log_batch(metrics=points)
-            for point in points:
-                self._last_steps[point.key] = max(self._last_steps[point.key], point.step)
-
-    def ping(self) -> None:
-        """Raise if MLflow is away, so that no file is blamed for it."""
-        self._client.get_run(self.run_id)
-
-    def log_file(self, record: Record) -> None:
-        """Send an image or a file; after a few failures count it as refused and go on."""
-        path = Path(record["path"])
-        if record.get("is_done"):
-            return
-        try:
-            if record["kind"] == "image":
-                self._log_image(path, record)
-            elif path.is_dir():
-                self._client.log_artifacts(self.run_id, str(path), artifact_path=path.name)
-            else:
-                self._client.log_artifact(self.run_id, str(path))
-        except Exception as error:
-            # Artifact stores raise their own types; a file that never goes must not block others.
-            self._failures[str(path)] = self._failures.get(str(path), 0) + 1
-            if path.exists() and self._failures[str(path)] < FILE_ATTEMPTS:
-                raise
-            self.refusals.append(f"{path} ({type(error).__name__}: {error})")
-        record["is_done"] = True
-
-    def end(self, status: Status) -> None:
-        """Mark the run as over."""
-        self._client.set_terminated(self.run_id, status=status)
-
-    def _log_batch(self, **batch: list[Any]) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.log_batch(self.run_id, synchronous=True, **batch)
-        except MlflowException as error:
-            # 400 means never: sending it again would block all that follows.
-            if error.get_http_status_code() != 400:
-                raise
-            self.refusals.append(str(error).splitlines()[0])
-
-    def _last_step(self, name: str) -> int:
-        if name not in self._last_steps:
-            history = self._client.get_metric_history(self.run_id, name) if self._is_resumed else []
-            self._last_steps[name] = max((point.step for point in history), default=-1)
-        return self._last_steps[name]
-
-    def _log_image(self, path: Path, record: Record) -> None:
-        from PIL import Image
-
-        if record["step"] in self._image_steps:
-            return
-        with Image.open(path) as image:
-            self._client.log_image(
-                self.run_id,
-                image.convert("RGB"),
-                key="samples",
-                step=record["step"],
-                timestamp=record["time_ms"],
-                synchronous=True,
-            )
-        self._image_steps.add(record["step"])
-
-    def _logged_image_steps(self) -> set[int]:
-        files = self._client.list_artifacts(self.run_id, "images")
-        found = (re.search(r"samples\+step\+(\d+)\+", file.path) for file in files)
-        return {int(match[1]) for match in found if match}
 
 
 def _absolute(uri: str) -> str:
