@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
@@ -19,10 +20,10 @@ from ray.train.torch import TorchTrainer, get_device
 
 from rlgen.actors.coordinator import LEARNER, LearnerCommand
 from rlgen.actors.heartbeat import start_beating
-from rlgen.actors.shell import brief
+from rlgen.actors.shell import brief, explained
 from rlgen.actors.weight_transport import Publisher, collective_backend
 from rlgen.config.run import RunConfig
-from rlgen.errors import RlgenError
+from rlgen.errors import RlgenError, StorageError
 from rlgen.learner.learner import Learner
 from rlgen.learner.state_io import LearnerSaver, SaveOutcome, restore_learner
 from rlgen.nn.weights import state_sha256
@@ -30,7 +31,28 @@ from rlgen.policies.load import load_policy
 
 
 def learner_loop(settings: dict[str, Any]) -> None:
-    """What each rank runs, from the first command to the last."""
+    """What each rank runs: it serves, and tells a fault of its own from a loss around it."""
+    try:
+        _serve(settings)
+    except Exception as error:
+        if not _is_loss(error):
+            rank = ray.train.get_context().get_world_rank()
+            told = explained(error, RlgenError, f"learner rank {rank}")
+            ray.get(settings["coordinator"].fail.remote(told))
+        raise
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a process, a node or the storage went away, so that starting again may help."""
+    if isinstance(error, (RayError, StorageError)):
+        return True
+    # To the ranks that live on, gloo and NCCL report the death of another one so.
+    is_collective = type(error) in (RuntimeError, dist.DistBackendError, dist.DistNetworkError)
+    return is_collective and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _serve(settings: dict[str, Any]) -> None:
+    """Load, then follow commands from the first to the last."""
     config: RunConfig = settings["config"]
     coordinator = settings["coordinator"]
     attempt, resume_from = settings["attempt"], config.checkpoint.resume_from
@@ -58,13 +80,9 @@ def learner_loop(settings: dict[str, Any]) -> None:
             continue
         if command.kind == "stop":
             return
-        try:
-            answer = _obey(command, learner, publisher, rank)
-            if command.kind == "save":
-                saver.start(learner, command.uri, is_writer=rank == 0)
-        except RlgenError as error:
-            ray.get(coordinator.fail.remote(error))
-            raise
+        answer = _obey(command, learner, publisher, rank)
+        if command.kind == "save":
+            saver.start(learner, command.uri, is_writer=rank == 0)
         ray.get(coordinator.answer.remote(attempt, rank, number, answer))
         number += 1
 
@@ -140,6 +158,14 @@ class LearnerGroup:
         try:
             self._trainer.fit()
         except Exception as error:
-            # The first error counts: a rank that failed with its own error has reported it.
+            # The first error counts: a rank that failed by its own fault has reported it.
             with suppress(RayError):
-                ray.get(self._coordinator.lose_learners.remote(self._attempt, brief(error)))
+                ray.get(self._coordinator.lose_learners.remote(self._attempt, _reasons(error)))
+
+
+def _reasons(error: Exception) -> str:
+    """What Ray Train says of each rank, or of itself."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    if not failures:
+        return brief(error)
+    return "; ".join(f"rank {rank}: {brief(failure)}" for rank, failure in failures.items())

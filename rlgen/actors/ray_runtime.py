@@ -86,7 +86,7 @@ class RayRuntime:
         if self._with_learner:
             self._start_learners()
             self._store.await_ready() if is_first else self._store.reset()
-        self._supervisor.await_crew(timeout_s)
+        self._supervisor.await_crew(timeout_s, is_again=not is_first)
         if self._with_learner:
             # The first answer shows that the learners are up and have published their weights.
             self._command(LearnerCommand("digest"), timeout_s)

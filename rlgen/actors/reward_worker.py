@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from rlgen.actors.heartbeat import start_beating
 from rlgen.actors.shell import actor_device, explained, work_until_stopped
 from rlgen.config.run import RunConfig
 from rlgen.errors import RewardError
@@ -41,11 +40,10 @@ class RewardWorker:
     def run(self) -> None:
         """Work until told to stop."""
         self.ready()  # a replacement loads before it takes work from the others
-        start_beating(self._coordinator, self._name)
         work_until_stopped(
+            self._coordinator,
             self._name,
             fetch=self._coordinator.next_rollout,
             work=self._engine.score,
-            fail=self._coordinator.fail,
             kind=RewardError,
         )

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from rlgen.actors.heartbeat import start_beating
 from rlgen.actors.shell import actor_device, explained, work_until_stopped
 from rlgen.actors.weight_transport import Receiver, collective_backend
 from rlgen.config.run import RunConfig
@@ -57,12 +56,11 @@ class RolloutWorker:
     def run(self) -> None:
         """Work until told to stop."""
         self.ready()  # a replacement loads before it takes work from the others
-        start_beating(self._coordinator, self._name)
         work_until_stopped(
+            self._coordinator,
             self._name,
             fetch=self._coordinator.next_unit,
             work=self._sample,
-            fail=self._coordinator.fail,
             kind=RolloutError,
         )
 

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from rlgen.actors.coordinator import Stop
+from rlgen.actors.heartbeat import start_beating
 from rlgen.errors import RlgenError
 
 if TYPE_CHECKING:
@@ -20,18 +21,24 @@ _BRIEF = 160
 
 
 def work_until_stopped(
-    name: str, *, fetch: Any, work: Callable[[Any], Any], fail: Any, kind: type[RlgenError]
+    coordinator: Any,
+    name: str,
+    *,
+    fetch: Any,
+    work: Callable[[Any], Any],
+    kind: type[RlgenError],
 ) -> None:
-    """Fetch work, do it, and hand the result in with the next request, until told to stop.
+    """Give signs of life, fetch work, do it, and hand the result in with the next request.
 
     Args:
+        coordinator: hears the signs of life, and of the error that ends this worker.
         name: of the worker, as the coordinator knows it.
         fetch: the coordinator's method that takes a result or None and gives work, None (ask
             again) or Stop.
         work: from what was fetched to the result.
-        fail: the coordinator's method that takes the error which ends this worker.
         kind: of an error that is not meant for people.
     """
+    start_beating(coordinator, name)
     done = None
     while not isinstance(item := ray.get(fetch.remote(name, done)), Stop):
         done = None
@@ -42,7 +49,7 @@ def work_until_stopped(
         except RayError:
             raise  # a process, node or object was lost: whoever watches this worker decides
         except Exception as error:
-            ray.get(fail.remote(explained(error, kind, name)))
+            ray.get(coordinator.fail.remote(explained(error, kind, name)))
             return
 
 
@@ -54,9 +61,10 @@ def actor_device(num_gpus: float) -> "torch.device":
 
 
 def brief(error: BaseException) -> str:
-    """The first sentence of Ray's long reports, for a message of ours."""
-    first = str(error).strip().split("\n")[0]
-    return first if len(first) <= _BRIEF else f"{first[:_BRIEF]}..."
+    """The first line of Ray's long reports, or the last one of a traceback, for our messages."""
+    lines = str(error).strip().split("\n")
+    told = lines[-1 if lines[0].startswith("Traceback") else 0]
+    return told if len(told) <= _BRIEF else f"{told[:_BRIEF]}..."
 
 
 def explained(error: Exception, kind: type[RlgenError], worker: str) -> RlgenError:

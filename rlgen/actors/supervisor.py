@@ -86,11 +86,15 @@ class Supervisor:
             for name in [name for name in self._actors if self._is_extra(name)]:
                 self._dismiss(name)
 
-    def await_crew(self, timeout_s: float) -> None:
+    def await_crew(self, timeout_s: float, *, is_again: bool = False) -> None:
         """Watch over all, and wait until the fewest workers of every role have loaded.
 
+        Args:
+            timeout_s: longest wait, in seconds.
+            is_again: they were there before, so whoever is missing was lost.
         Raises:
-            RlgenError: one failed or did not come up in time.
+            RlgenError: one failed, or did not come up in time.
+            RoleLost: one did not come up in time again.
         """
         if not self._thread.is_alive():
             self._thread.start()
@@ -101,7 +105,8 @@ class Supervisor:
             raise (error.cause if isinstance(error.cause, RlgenError) else error) from None
         if missing:
             listed = ", ".join(f"{number} {role}" for role, number in missing.items())
-            raise RlgenError(
+            kind = RoleLost if is_again else RlgenError
+            raise kind(
                 f"{listed} workers did not come up within {timeout_s:g} s; see `ray status` for "
                 "missing resources, or raise cluster.start_timeout_s for large models."
             )

@@ -46,23 +46,23 @@ class StageTimes:
     """Per step."""
 
 
-class SleepingSampler:
-    """In place of RolloutWorker."""
+class SleepingWorker:
+    """What the sleeping workers share."""
 
     def __init__(self, name: str, times: StageTimes, coordinator: Any) -> None:
         self._name = name
         self._times = times
         self._coordinator = coordinator
 
+
+class SleepingSampler(SleepingWorker):
+    """In place of RolloutWorker."""
+
     def run(self) -> None:
         """Work until told to stop."""
-        start_beating(self._coordinator, self._name)
+        fetch = self._coordinator.next_unit
         work_until_stopped(
-            self._name,
-            fetch=self._coordinator.next_unit,
-            work=self._sample,
-            fail=self._coordinator.fail,
-            kind=RolloutError,
+            self._coordinator, self._name, fetch=fetch, work=self._sample, kind=RolloutError
         )
 
     def _sample(self, unit: WorkUnit) -> Rollout:
@@ -83,23 +83,14 @@ def tokens_of(unit: WorkUnit) -> np.ndarray:
     return np.tile(row, (unit.num_images, 1))
 
 
-class SleepingScorer:
+class SleepingScorer(SleepingWorker):
     """In place of RewardWorker."""
-
-    def __init__(self, name: str, times: StageTimes, coordinator: Any) -> None:
-        self._name = name
-        self._times = times
-        self._coordinator = coordinator
 
     def run(self) -> None:
         """Work until told to stop."""
-        start_beating(self._coordinator, self._name)
+        fetch = self._coordinator.next_rollout
         work_until_stopped(
-            self._name,
-            fetch=self._coordinator.next_rollout,
-            work=self._score,
-            fail=self._coordinator.fail,
-            kind=RewardError,
+            self._coordinator, self._name, fetch=fetch, work=self._score, kind=RewardError
         )
 
     def _score(self, rollout: Rollout) -> ScoredRollout:
