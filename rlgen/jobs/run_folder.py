@@ -10,10 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from rlgen.config.run import RunConfig
 from rlgen.errors import ConfigError
+from rlgen.learner.ownership import process_mark
 from rlgen.learner.preflight import resume_key
 from rlgen.storage import write_bytes
 
@@ -37,12 +36,12 @@ def choose_folder(config: RunConfig, output: Path | None) -> Path:
 
 def claim_folder(folder: Path, config: RunConfig) -> None:
     """Note whose folder it is, before anything else is written there."""
-    me = psutil.Process()
+    pid = os.getpid()
     owner = {
         "settings": resume_key(config),
         "host": socket.gethostname(),
-        "pid": me.pid,
-        "started": me.create_time(),
+        "pid": pid,
+        "process": process_mark(pid),
     }
     write_bytes(str(folder / _OWNER), json.dumps(owner, indent=1).encode())
 
@@ -99,10 +98,6 @@ def _owner(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:
-    """Whether the process is still there; on another host it can't be asked."""
-    if owner["host"] != socket.gethostname() or owner["pid"] == os.getpid():
-        return False
-    try:
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 1.0
-    except psutil.NoSuchProcess:
-        return False
+    """Whether another process writes there; on another machine it can't be asked."""
+    mark = process_mark(owner["pid"])
+    return mark != "" and owner["pid"] != os.getpid() and mark == owner.get("process")

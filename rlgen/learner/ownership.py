@@ -65,7 +65,7 @@ class RootClaim:
             started=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
             host=socket.gethostname(),
             pid=os.getpid(),
-            process=_process(os.getpid()),
+            process=process_mark(os.getpid()),
             beat_s=beat_s,
         )
         self.token = self._owner.token
@@ -136,10 +136,10 @@ class RootClaim:
 
 def _is_alive(root: str, owner: Owner) -> bool:
     kernel = owner.process.partition("\n")[0]
-    if owner.process and owner.process == _process(os.getpid()):
+    if owner.process and owner.process == process_mark(os.getpid()):
         return owner.token in _held
-    if kernel and kernel == _process(os.getpid()).partition("\n")[0]:
-        return _process(owner.pid) == owner.process
+    if kernel and kernel == process_mark(os.getpid()).partition("\n")[0]:
+        return process_mark(owner.pid) == owner.process
     first = _read_beat(root, owner)
     if first is None:
         return False
@@ -148,9 +148,10 @@ def _is_alive(root: str, owner: Owner) -> bool:
     return _read_beat(root, owner) not in (None, first)
 
 
-def _process(pid: int) -> str:
-    """Kernel and process-id namespace, then process id and start time; empty if it is dead, or
-    without Linux's /proc."""
+def process_mark(pid: int) -> str:
+    """What a process is told apart by: kernel and process-id namespace on the first line, then its
+    id and start time. Empty if it is dead, or without Linux's /proc.
+    """
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")

@@ -31,7 +31,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def claim_elsewhere(root: str, monkeypatch: pytest.MonkeyPatch) -> RootClaim:
     with monkeypatch.context() as patch:
-        patch.setattr("rlgen.learner.ownership._process", lambda pid: f"other kernel\n{pid} 7")
+        patch.setattr("rlgen.learner.ownership.process_mark", lambda pid: f"other kernel\n{pid} 7")
         return RootClaim(root, beat_s=BEAT_S)
 
 
