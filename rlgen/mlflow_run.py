@@ -1,20 +1,63 @@
 """One run in MLflow: what of it has arrived, and how more gets there.
 
-Owns the only import of MLflow in rlgen, and what MLflow allows: sizes of batches, params that can't
-change, points of a metric that would count twice, files that it never takes. When anything is sent
-is the spool's business.
+Owns what MLflow allows: sizes of batches, params that can't change, points of a metric that would
+count twice, files that it never takes. When anything is sent is the spool's business.
 """
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from rlgen.spool import Record, Status
+from rlgen.errors import CheckpointError, ConfigError, StorageError
+from rlgen.mlflow_registry import Candidate, promote
+from rlgen.spool import Record, Status, without_password
 
 FILE_ATTEMPTS = 3
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
+# Retries are the spool's business, and telemetry would call a foreign host.
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_NEVER = (400, 404, 405, 501)
+"""What MLflow answers to a call that can't succeed later, such as one that it does not know."""
+
+
+def prepare_mlflow() -> None:
+    """Set what MLflow reads from the environment, unless the user has."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def promote_now(uri: str, run_id: str, candidate: Candidate) -> str:
+    """Register a policy while the caller waits; as `promote`.
+
+    Raises:
+        ConfigError, CheckpointError: as there.
+        StorageError: MLflow does not answer, has no registry, or refuses; says why.
+    """
+    prepare_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return promote(MlflowClient(tracking_uri=uri), run_id, candidate)
+    except MlflowException as error:
+        raise StorageError(
+            f"{candidate.model} can't be registered at {without_password(uri)} "
+            f"({_reason(error, uri)}); see that the server is up, has a model registry, and knows "
+            "the run (`python -m rlgen.tracking RUN_DIR URI` sends a run to a server)."
+        ) from error
+
+
+def _reason(error: Exception, uri: str) -> str:
+    first_line = (str(error).splitlines() or [""])[0].replace(uri, without_password(uri))
+    return f"{type(error).__name__}: {first_line[:400]}"
 
 
 class MlflowRun:
@@ -31,7 +74,7 @@ class MlflowRun:
             folder = Path(uri.removeprefix("sqlite:///")).parent
             folder.mkdir(parents=True, exist_ok=True)
             artifacts = str(folder / "mlartifacts")
-        self._client = MlflowClient(tracking_uri=uri)
+        self._uri, self._client = uri, MlflowClient(tracking_uri=uri)
         run = None if run_id is None else self._reopened(run_id)
         self._is_resumed = run is not None
         if run is None:
@@ -69,11 +112,17 @@ class MlflowRun:
         tags: dict[str, str] = {}
         params: dict[str, str] = {}
         metrics: list[Any] = []
+        samples: dict[str, int] = {}
         for record in records:
             if record["kind"] == "tags":
                 tags |= record["values"]
             elif record["kind"] == "params":
                 params |= record["values"]
+            elif record["kind"] == "system":
+                # Samples have no step, and those of an earlier attempt must stay before them.
+                for name, value in record["values"].items():
+                    samples[name] = samples.get(name, self._last_step(name)) + 1
+                    metrics.append(Metric(name, value, record["time_ms"], samples[name]))
             else:
                 metrics += [
                     Metric(name, value, record["time_ms"], record["step"])
@@ -120,6 +169,25 @@ class MlflowRun:
                 raise
             self.refusals.append(f"{path} ({type(error).__name__}: {error})")
         record["is_done"] = True
+
+    def register(self, candidate: Candidate) -> str:
+        """Register a policy; returns a line for the user, also if it can't be registered."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return promote(self._client, self.run_id, candidate)
+        except (CheckpointError, ConfigError) as error:
+            return f"The policy was not registered: {error}"
+        except Exception as error:
+            # Artifact stores raise their own types; what never works must not block the rest.
+            self._failures[candidate.policy] = self._failures.get(candidate.policy, 0) + 1
+            is_final = isinstance(error, MlflowException) and error.get_http_status_code() in _NEVER
+            if not is_final and self._failures[candidate.policy] < FILE_ATTEMPTS:
+                raise
+            return (
+                f"{candidate.model} can't be registered ({_reason(error, self._uri)}); see that "
+                "MLflow has a model registry and takes files, then use rlgen.jobs.promote."
+            )
 
     def end(self, status: Status) -> None:
         """Mark the run as over."""

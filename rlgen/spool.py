@@ -21,6 +21,8 @@ from rlgen.storage import without_credentials
 SPOOL_NAME = "mlflow_spool.jsonl"
 FLUSH_INTERVAL_S = 2.0
 MAX_BACKOFF_S = 60.0
+OUTAGE_PATIENCE_S = 5.0
+"""Wait at the end for a server that does not answer; records stay in the spool."""
 SECRET_NAME = re.compile(r"(?i)passw|secret|credential|(api|access|private)_?key|(^|_)token$")
 MAX_LIST_CHARS = 2000
 
@@ -35,13 +37,21 @@ class Spool:
     after a pause that doubles.
     """
 
-    def __init__(self, run_dir: Path, uri: str, send: Callable[[list[Record]], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        uri: str,
+        send: Callable[[list[Record]], None],
+        *,
+        tell: Callable[[str], None],
+    ) -> None:
         """Open the file; what an earlier attempt left unsent goes first.
 
         Args:
             run_dir: the run folder; made if it isn't there.
             uri: where MLflow is.
             send: called on the thread with all that waits, which may be nothing.
+            tell: called on the thread with a line for the user, once for each outage.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / SPOOL_NAME
@@ -49,7 +59,8 @@ class Spool:
         self.shown_uri = without_password(uri)
         runs = [r for r in earlier if r["kind"] == "run" and r["uri"] == self.shown_uri]
         self.run_id: str | None = runs[-1]["run_id"] if runs else None
-        self._uri = uri
+        self._uri, self._tell = uri, tell
+        self._away_since_s: float | None = None
         self._outage = self._disk_warning = self._late_warning = ""
         self._send = send
         self._waiting = _unsent(earlier)
@@ -67,18 +78,32 @@ class Spool:
         return self._closing.is_set()
 
     @property
+    def num_waiting(self) -> int:
+        """Records that are not sent yet."""
+        return len(self._waiting)
+
+    @property
     def is_abandoned(self) -> bool:
         """Whether `close` gave up; `send` should return soon."""
         return self._abandoned.is_set()
 
     @property
+    def is_away(self) -> bool:
+        """Whether the last call to MLflow failed."""
+        return self._away_since_s is not None
+
+    @property
     def warnings(self) -> list[str]:
         """What the user should be told, one line per problem."""
-        outage = self._outage and (
+        outage = self._late_warning or self._outage_warning
+        return [text for text in (self._disk_warning, outage) if text]
+
+    @property
+    def _outage_warning(self) -> str:
+        return self._outage and (
             f"MLflow at {self.shown_uri} doesn't take records ({self._outage}); the run goes on, "
             f"and they wait in {self.path}."
         )
-        return [text for text in (self._disk_warning, self._late_warning or outage) if text]
 
     def start(self) -> None:
         """Begin to send."""
@@ -97,10 +122,16 @@ class Spool:
         with self._lock:
             self._write({"kind": "run", "uri": self.shown_uri, "run_id": run_id})
 
+    def answered(self) -> None:
+        """Note that MLflow answers, so that `close` waits for what it is still to take."""
+        self._away_since_s = None
+
     def close(self, timeout_s: float) -> None:
-        """Send what is left; give up with a warning after `timeout_s`."""
+        """Send what is left; give up with a warning after `timeout_s`, or sooner in an outage."""
         self._closing.set()
-        self._thread.join(timeout_s)
+        began = time.monotonic()
+        while self._thread.is_alive() and not self._is_hopeless(began, timeout_s):
+            self._thread.join(0.05)
         if not self._thread.is_alive():
             try:
                 self._file.close()
@@ -109,11 +140,17 @@ class Spool:
             return
         self._abandoned.set()
         self._late_warning = (
-            f"MLflow at {self.shown_uri} didn't take every record within {timeout_s:.0f} s "
-            f"({self._outage or 'it is too slow'}). All are in {self.path}; send the rest "
-            f"with `python -m rlgen.tracking {shlex.quote(str(self.path.parent))} "
-            f"{shlex.quote(self.shown_uri)}`."
+            f"MLflow at {self.shown_uri} didn't take every record within "
+            f"{time.monotonic() - began:.0f} s ({self._outage or 'it is too slow'}). All are in "
+            f"{self.path}; send the rest with `python -m rlgen.tracking "
+            f"{shlex.quote(str(self.path.parent))} {shlex.quote(self.shown_uri)}`."
         )
+
+    def _is_hopeless(self, began: float, timeout_s: float) -> bool:
+        now, away_since = time.monotonic(), self._away_since_s
+        if away_since is not None and now > max(began, away_since) + OUTAGE_PATIENCE_S:
+            return True
+        return now > began + timeout_s
 
     def _write(self, record: Record) -> None:
         try:
@@ -132,15 +169,23 @@ class Spool:
                 self._send_waiting()
             except Exception as error:
                 # The thread's boundary: whatever `send` raises must not reach training.
-                self._outage = self._described(error)
+                self._note_outage(error)
                 delay_s = min(max(1.0, 2 * delay_s), MAX_BACKOFF_S)
                 if self.is_closed:
                     self._abandoned.wait(1.0)
                 continue
-            self._outage = ""
+            self._outage, self._away_since_s = "", None
             delay_s = FLUSH_INTERVAL_S
             if self.is_closed and not self._waiting:
                 return
+
+    def _note_outage(self, error: Exception) -> None:
+        is_new = not self._outage
+        self._outage = self._described(error)
+        if self._away_since_s is None:
+            self._away_since_s = time.monotonic()
+        if is_new and not self.is_closed:  # at the end, `close` tells
+            self._tell(self._outage_warning)
 
     def _described(self, error: Exception) -> str:
         first_line = (str(error).splitlines() or [""])[0].replace(self._uri, self.shown_uri)

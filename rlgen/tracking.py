@@ -7,17 +7,21 @@ MLflow (mlflow_run.py), so a slow, refusing or absent server costs a step nothin
 """
 
 import argparse
-import os
 import re
 import shlex
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlgen.errors import ConfigError, RlgenError
-from rlgen.mlflow_run import MlflowRun
+from rlgen.mlflow_registry import Candidate
+from rlgen.mlflow_run import MlflowRun, prepare_mlflow
+from rlgen.mlflow_system import SystemSampler
 from rlgen.spool import (
     SPOOL_NAME,
     Record,
@@ -31,13 +35,8 @@ from rlgen.spool import (
 )
 
 NO_TRACKING = "none"
-# Retries are the spool's business, and telemetry would call a foreign host.
-MLFLOW_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
+SLOW_CALL_S = 1.5
+"""A call that asks for one run and takes so long is told to the user."""
 
 
 def check_tracking_uri(uri: str) -> None:
@@ -65,12 +64,19 @@ def check_tracking_uri(uri: str) -> None:
     )
 
 
+def absolute_uri(uri: str) -> str:
+    """Return the URI as it is known whatever the working directory."""
+    if not uri.startswith("sqlite:"):
+        return uri
+    return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+
+
 def ui_command(uri: str) -> str:
     """Return the shell command that opens the user interface; empty for `none`."""
     if uri == NO_TRACKING:
         return ""
     if uri.startswith("sqlite:"):
-        return f"mlflow ui --backend-store-uri {shlex.quote(_absolute(uri))} --port 5000"
+        return f"mlflow ui --backend-store-uri {shlex.quote(absolute_uri(uri))} --port 5000"
     return f"python -m webbrowser {shlex.quote(without_password(uri))}"
 
 
@@ -96,6 +102,8 @@ class Tracker:
         run_name: str,
         spool_dir: Path,
         run_id: str | None = None,
+        system_metrics_s: float = 0.0,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Start the thread and return at once.
 
@@ -103,11 +111,14 @@ class Tracker:
             uri: sqlite:///FILE, http(s)://HOST or `none`.
             spool_dir: the run folder; records that an earlier attempt left unsent go first.
             run_id: the MLflow run to go on with; by default the one that the spool names.
+            system_metrics_s: seconds between samples of this machine's use; 0 takes none.
+            tell: called on the thread with a line for the user: of an outage when it begins, of a
+                slow server once, of a policy that was registered.
         Raises:
             ConfigError: the URI can't work.
         """
         check_tracking_uri(uri)
-        self._uri = _absolute(uri) if uri.startswith("sqlite:") else uri
+        self._uri = absolute_uri(uri)
         self._names = (experiment, run_name)
         self._run_id = run_id
         self._run: MlflowRun | None = None
@@ -115,17 +126,25 @@ class Tracker:
         self._is_on = uri != NO_TRACKING
         if not self._is_on:
             return
-        self._spool = Spool(spool_dir, self._uri, self._send)
+        self._tell = tell
+        self._is_slow = False
+        self._system_metrics_s = system_metrics_s
+        self._sampler: SystemSampler | None = None
+        self._spool = Spool(spool_dir, self._uri, self._send, tell=self._say)
         if run_id is None:
             self._run_id = self._spool.run_id
-        for name, value in MLFLOW_SETTINGS.items():
-            os.environ.setdefault(name, value)
+        prepare_mlflow()
         self._spool.start()
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the run; None until MLflow has answered."""
         return self._run_id
+
+    @property
+    def num_unsent(self) -> int:
+        """Records that MLflow has not taken yet."""
+        return self._spool.num_waiting if self._is_on else 0
 
     @property
     def warnings(self) -> list[str]:
@@ -166,9 +185,18 @@ class Tracker:
         """Log a file, or a folder with all that is in it."""
         self._put("artifact", path=str(path.absolute()))
 
+    def register(self, candidate: Candidate) -> None:
+        """Register a policy, and make it champion if it is the best of its judge."""
+        self._put("register", candidate=asdict(candidate))
+
     def close(self, status: Status = "FINISHED", *, timeout_s: float = 30.0) -> None:
-        """Send what is left and end the run; give up with one warning after `timeout_s`."""
+        """Send what is left and end the run; give up with one warning after `timeout_s`.
+
+        In an outage it gives up within seconds.
+        """
         if self._is_on and not self._spool.is_closed:
+            if self._sampler is not None:
+                self._sampler.stop()
             self._spool.put("end", status=status)
             self._spool.close(timeout_s)
 
@@ -178,19 +206,58 @@ class Tracker:
 
     def _send(self, batch: list[Record]) -> None:
         """Send a batch, from the spool's thread; the first call opens the run."""
+        if self._system_metrics_s and self._sampler is None and not self._spool.is_closed:
+            self._start_sampler()
         run = self._run = self._run or self._open_run()
         if not batch:
             return
+        if self._spool.is_away:
+            self._ping(run)
         run.log_values([record for record in batch if "values" in record])
-        run.ping()
+        self._ping(run)
+        files = [record for record in batch if "path" in record]
+        # A file that changes, such as the list of checkpoints, goes once.
+        newest = {(r["kind"], r["path"], r.get("step")): r for r in files}
+        for record in newest.values():
+            if self._spool.is_abandoned:
+                raise TimeoutError("closed with files unsent")  # the batch stays unsent
+            run.log_file(record)
         for record in batch:
-            if "path" in record:
-                if self._spool.is_abandoned:
-                    raise TimeoutError("closed with files unsent")  # the batch stays unsent
-                run.log_file(record)
+            if record["kind"] == "register" and not record.get("is_done"):
+                self._say(run.register(Candidate(**record["candidate"])))
+                record["is_done"] = True
         ends = [record["status"] for record in batch if record["kind"] == "end"]
         if ends:
             run.end(ends[-1])
+
+    def _ping(self, run: MlflowRun) -> None:
+        """Raise if MLflow is away, so that no file is blamed for it; tell if it is slow."""
+        began = time.monotonic()
+        run.ping()
+        self._spool.answered()
+        took_s = time.monotonic() - began
+        if took_s > SLOW_CALL_S and not self._is_slow:
+            self._is_slow = True
+            self._say(
+                f"MLflow at {self._spool.shown_uri} is slow ({took_s:.1f} s for one call); the run "
+                "goes on at its own pace, and records follow."
+            )
+
+    def _start_sampler(self) -> None:
+        try:
+            self._sampler = SystemSampler(self._system_metrics_s, self._log_system)
+        except Exception as error:
+            # What drivers and containers do to these calls must not hold up the records.
+            self._system_metrics_s = 0.0
+            self._say(f"no system metrics: they can't be sampled here ({error!r})")
+
+    def _say(self, line: str) -> None:
+        with suppress(OSError):  # a closed terminal must not end the thread
+            self._tell(line)
+
+    def _log_system(self, values: dict[str, float]) -> None:
+        if not self._spool.is_closed:
+            self._spool.put("system", values=values)
 
     def _open_run(self) -> MlflowRun:
         run = MlflowRun(self._uri, *self._names, run_id=self._run_id)
@@ -198,10 +265,6 @@ class Tracker:
         self._run_id_known.set()
         self._spool.put_run(run.run_id)
         return run
-
-
-def _absolute(uri: str) -> str:
-    return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -222,6 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
             experiment=options.experiment,
             run_name=options.run_dir.name,
             spool_dir=options.run_dir,
+            tell=print,
         )
         tracker.close(last_status(options.run_dir), timeout_s=600.0)
     except RlgenError as error:

@@ -20,6 +20,7 @@ from rlgen.config.reward import (
     AdvantageConfig,
     RewardConfig,
 )
+from rlgen.config.tracking import TrackingConfig
 from rlgen.config.tree import flatten
 from rlgen.config.weights import WeightsConfig
 
@@ -149,15 +150,6 @@ class CheckpointConfig(Section):
     resume_from: str | None = None
     """A checkpoint (`.../step-00040`) to go on from; with the same config the run ends as if it
     had never been interrupted."""
-
-
-class TrackingConfig(Section):
-    """MLflow."""
-
-    uri: str | None = None
-    """Tracking URI; by default a sqlite file beside the run folders. `none` switches it off."""
-    experiment: str = "rlgen"
-    """Name of the MLflow experiment."""
 
 
 class ClusterConfig(Section):

@@ -197,14 +197,14 @@ def evaluation_key(config: RunConfig) -> dict[str, Any]:
             location = files[name]
             if name == "policy.checkpoint":
                 location = str(cached_file(location))
-            key[name] = _digest(location)
+            key[name] = digest_of(location)
         else:
             text = json.dumps(value)
             key[name] = json.loads(text) if len(text) <= _LONG_VALUE else sha256_hex(text.encode())
     return key
 
 
-def _digest(location: str) -> str:
+def digest_of(location: str) -> str:
     """Of a local file or folder by content; of a URL, or the name of a model, the words."""
     path = Path(location.removeprefix("file://"))
     if is_url(location) or not path.exists():
@@ -215,5 +215,5 @@ def _digest(location: str) -> str:
     whole = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         if file.is_file():
-            whole.update(f"{file.relative_to(path)}:{_digest(str(file))};".encode())
+            whole.update(f"{file.relative_to(path)}:{digest_of(str(file))};".encode())
     return whole.hexdigest()

@@ -264,7 +264,7 @@ class RunCheckpoints:
             raise
 
     def _note_success(self, save: _Save, parts: list[Part]) -> None:
-        self._recorder.last_checkpoint = save.uri
+        self._recorder.log_checkpoint(save.step, save.uri, parts)
         if self._is_out:
             self._recorder.note(f"checkpoints are written again: step {save.step}")
         self._is_out = False
@@ -311,7 +311,7 @@ def restore_run(config: RunConfig, runtime: Runtime, recorder: "Recorder") -> in
     assert uri is not None, "only called to resume"
     meta = read_meta(uri)
     runtime.restore_moments(parse_state(read_part(uri, MOMENTS), uri))
-    recorder.restore(meta)
+    recorder.restore(meta, uri)
     return int(meta["step"])
 
 

@@ -22,18 +22,18 @@ from rlgen.evaluation.guard import Guard, Judgement
 from rlgen.evaluation.judge import Quality
 from rlgen.jobs.console import RunProgress, summary_table
 from rlgen.jobs.ledger import GroupLedger
+from rlgen.jobs.lineage import Lineage, candidate_of
 from rlgen.jobs.memory import PeakMemory
 from rlgen.jobs.report import build_report
 from rlgen.jobs.run_folder import choose_folder, claim_folder
-from rlgen.learner.checkpoint import checkpoint_uri, read_meta
+from rlgen.learner.checkpoint import Part, checkpoint_uri, part_digests, read_meta
 from rlgen.learner.replay import BOOTSTRAP, step_name, store_step
-from rlgen.storage import atomic_path, write_bytes
+from rlgen.learner.state_io import POLICY
+from rlgen.storage import atomic_path, without_credentials, write_bytes
 from rlgen.tracking import Status, Tracker, ui_command
 from rlgen.types import Health, ScoredRollout, StepRewards
 
 _FLUSH_S = 60.0
-_OUTAGE_S = 5.0
-"""Wait for a tracking server that does not take records; they stay in the spool."""
 
 
 class Recorder:
@@ -51,6 +51,7 @@ class Recorder:
         root = config.checkpoint.uri or str(self.folder / "checkpoints")
         self.checkpoint_root = root if "://" in root else str(Path(root).resolve())
         self._tracker: Tracker | None = None
+        self._lineage = Lineage(self.folder)
         self._memory = PeakMemory()
         self._progress = RunProgress(config.steps)
         self._started = time.monotonic()
@@ -84,8 +85,7 @@ class Recorder:
         self._memory.__exit__(kind, error, trace)
         if self._tracker is not None:
             status: Status = "KILLED" if isinstance(error, Stopped) else "FAILED"
-            patience_s = _OUTAGE_S if self._tracker.warnings else _FLUSH_S
-            self._tracker.close("FINISHED" if error is None else status, timeout_s=patience_s)
+            self._tracker.close("FINISHED" if error is None else status, timeout_s=_FLUSH_S)
             for warning in self._tracker.warnings:
                 self._progress.say(warning)
 
@@ -101,7 +101,10 @@ class Recorder:
             run_name=self.folder.name,
             spool_dir=self.folder,
             run_id=None if resumed is None else read_meta(resumed)["mlflow_run_id"],
+            system_metrics_s=config.tracking.system_metrics_s,
+            tell=self.note,
         )
+        self._lineage.judged_by(config)
         self._tracker.log_params(config.model_dump(mode="json"))
         self._tracker.log_artifact(self.folder / "config.yaml")
 
@@ -161,6 +164,7 @@ class Recorder:
             the rules of the guard that it breaks, in words.
         """
         self._write(step, quality.as_metrics())
+        self._lineage.judged(step, quality)
         if step:
             self._progress.step(step, quality.as_metrics())
         evaluation = self.config.evaluation
@@ -214,6 +218,14 @@ class Recorder:
         """Take in numbers from beside the steps; any thread may call it."""
         self._write(step, row)
 
+    def log_checkpoint(self, step: int, uri: str, parts: Sequence[Part]) -> None:
+        """Take in a committed checkpoint; any thread may call it."""
+        self.last_checkpoint = uri
+        digests = {part.name: part.sha256 for part in parts}
+        self._lineage.committed(step, uri, digests[POLICY])
+        if self._tracker is not None:
+            self._tracker.log_artifact(self._lineage.path)
+
     def wait_for_run_id(self, timeout_s: float) -> str | None:
         """MLflow's id of the run, for which MLflow must have answered."""
         return None if self._tracker is None else self._tracker.wait_for_run_id(timeout_s)
@@ -230,10 +242,16 @@ class Recorder:
             "guard": self._guard.state_dict(),
             "alarms": self._alarms,
             "num_rollbacks": self.num_rollbacks,
+            "lineage": self._lineage.state_dict(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what state gave; rows of steps that will be done again go."""
+    def restore(self, state: dict[str, Any], uri: str) -> None:
+        """Go on from what state gave, of the checkpoint at uri; rows of later steps go."""
+        sha256 = part_digests(uri)[POLICY]
+        self._lineage.went_on_from(uri, state["step"], sha256, state["lineage"])
+        if self._tracker is not None:
+            self._tracker.set_tags({"checkpoint.resumed_from": without_credentials(uri)})
+            self._tracker.log_artifact(self._lineage.path)
         is_new_process = not self._before
         self._before = state["before"]
         self._sweeps = state["sweeps"]
@@ -295,6 +313,9 @@ class Recorder:
         assert self._tracker is not None, "open comes first"
         self._tracker.log_artifact(self.folder / "summary.json")
         self._tracker.log_artifact(report)
+        self._tracker.log_artifact(self._lineage.path)
+        if self.config.tracking.model is not None:
+            self._tracker.register(candidate_of(self.folder, model=self.config.tracking.model))
         self._progress.show(summary_table(summary))
         self.note(f"report:      {report}")
         self.note(f"run folder:  {self.folder} (summary.json, config.yaml, metrics.jsonl, grids)")

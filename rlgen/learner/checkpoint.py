@@ -119,6 +119,16 @@ def read_meta(uri: str) -> dict[str, Any]:
     return _read_marker(uri)["meta"]
 
 
+def part_digests(uri: str) -> dict[str, str]:
+    """Return the sha256 of every file of a committed checkpoint, as the marker records it.
+
+    Raises:
+        CheckpointError: there is no committed checkpoint here.
+        StorageError: the place can't be read.
+    """
+    return {part["name"]: part["sha256"] for part in _read_marker(uri)["parts"]}
+
+
 def read_part(uri: str, name: str) -> bytes:
     """Read one file of a committed checkpoint and check its digest.
 

@@ -12,7 +12,7 @@ import rlgen.learner.checkpoint
 from rlgen.config.run import RunConfig
 from rlgen.errors import CheckpointError, StorageError
 from rlgen.jobs.checkpoints import RunCheckpoints, resumed_config
-from rlgen.learner.checkpoint import MARKER, newest_checkpoint, read_meta, read_part
+from rlgen.learner.checkpoint import MARKER, Part, newest_checkpoint, read_meta, read_part
 from rlgen.learner.learner import Learner
 from rlgen.learner.preflight import resume_key
 from rlgen.learner.state_io import (
@@ -68,6 +68,9 @@ class Record:
 
     def log_metrics(self, step: int, row: dict[str, float]) -> None:
         self.metrics.append((step, row))
+
+    def log_checkpoint(self, step: int, uri: str, parts: list[Part]) -> None:
+        self.last_checkpoint = uri
 
     def wait_for_run_id(self, timeout_s: float) -> str:
         return "run-7"
