@@ -58,16 +58,30 @@ def test_every_role_may_be_killed_at_any_moment(
         assert worst[title] < limit * slack, title
 
 
-def test_a_killed_driver_goes_on_by_the_same_command_in_the_same_mlflow_run(
+def test_a_stopped_or_killed_driver_goes_on_by_the_same_command_in_the_same_mlflow_run(
     undisturbed: dict[str, Any], tmp_path: Path, rounds: int
 ) -> None:
     output = tmp_path / "run"
+    with running(output) as job:
+        await_that(lambda: steps_done(output) >= 2, "step 2")
+        began = time.monotonic()
+        job.send_signal(signal.SIGTERM)
+        printed, _ = job.communicate(timeout=60)
+        assert time.monotonic() - began < 30
+        assert job.returncode != 0
+        assert "The same command goes on from there" in printed
+        assert "Traceback" not in printed
+    last = steps_done(output)
+    assert (output / "checkpoints" / f"step-{last:05d}" / "COMMIT.json").exists()
     for number in range(rounds):
-        with running(output) as job:
-            goal = 2 + (7 * number) % 9
+        with running(output, PYTHONUNBUFFERED="1") as job:
+            goal = min(last + 2 + 2 * number, 11)
             await_that(lambda goal=goal: steps_done(output) >= goal, f"step {goal}")
             time.sleep(random.random() * 0.5)
             job.kill()
+            printed, _ = job.communicate()
+            assert f"going on from {output}/checkpoints/step-" in printed
+            assert number or f"checkpoints/step-{last:05d};" in printed
     with running(output) as job:
         assert "going on from" in finish(job)
     found = summary_of(output)
@@ -92,35 +106,16 @@ def test_the_actors_beside_the_driver_may_be_killed(
     check_as_undisturbed(summary_of(output), undisturbed)
 
 
-@pytest.mark.parametrize("role", ["rollout", "learner"])
 def test_a_process_that_hangs_is_found_and_replaced(
-    undisturbed: dict[str, Any], tmp_path: Path, role: str
-) -> None:
-    output = tmp_path / "run"
-    with running(output, "cluster.heartbeat_timeout_s=4") as job:
-        await_that(lambda: steps_done(output) >= 4, "step 4")
-        hurt(role, psutil.Process(job.pid), signal.SIGSTOP)
-        finish(job)
-    found = summary_of(output)
-    check_as_undisturbed(found, undisturbed)
-    assert found["restarts"][role] >= 1
-
-
-def test_sigterm_saves_and_ends_and_the_same_command_goes_on(
     undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    with running(output) as job:
-        await_that(lambda: steps_done(output) >= 4, "step 4")
-        began = time.monotonic()
-        job.send_signal(signal.SIGTERM)
-        printed, _ = job.communicate(timeout=60)
-        assert time.monotonic() - began < 30
-        assert job.returncode != 0
-        assert "The same command goes on from there" in printed
-        assert "Traceback" not in printed
-    last = steps_done(output)
-    assert (output / "checkpoints" / f"step-{last:05d}" / "COMMIT.json").exists()
-    with running(output) as job:
-        assert f"going on from {output}/checkpoints/step-{last:05d}" in finish(job)
-    check_as_undisturbed(summary_of(output), undisturbed)
+    with running(output, "cluster.heartbeat_timeout_s=4") as job:
+        for step, role in ((2, "rollout"), (7, "learner")):
+            await_that(lambda step=step: steps_done(output) >= step, f"step {step}")
+            hurt(role, psutil.Process(job.pid), signal.SIGSTOP)
+        finish(job)
+    found = summary_of(output)
+    check_as_undisturbed(found, undisturbed)
+    assert found["restarts"]["rollout"] >= 1
+    assert found["restarts"]["learner"] >= 1

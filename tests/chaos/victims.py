@@ -53,7 +53,7 @@ def running(output: Path, *settings: str, **environment: str) -> Iterator[subpro
     finally:
         if job.poll() is None:
             job.kill()
-        job.communicate()
+            job.communicate()
 
 
 def finish(job: subprocess.Popen[str]) -> str:

@@ -24,9 +24,6 @@ def steps_with(output: Path, name: str) -> list[int]:
     return [row["step"] for row in rows if row.get(name)]
 
 
-pytestmark = pytest.mark.ray
-
-
 def test_an_alarm_is_told_and_the_run_goes_on(cache_folder: Path, tmp_path: Path, capsys) -> None:
     assert run(tmp_path / "run", "runtime=local", "steps=3") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -43,7 +40,7 @@ def test_a_stop_saves_the_state_and_says_where(cache_folder: Path, tmp_path: Pat
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:05d}" / "COMMIT.json").exists()
 
 
-@pytest.mark.parametrize("runtime", ["local", "ray"])
+@pytest.mark.parametrize("runtime", ["local", pytest.param("ray", marks=pytest.mark.ray)])
 def test_a_rollback_goes_on_from_the_best_with_a_smaller_step(
     cache_folder: Path, tmp_path: Path, runtime: str
 ) -> None:

@@ -18,8 +18,6 @@ from rlgen.errors import ConfigError
 from rlgen.jobs import grpo
 from tests.conftest import TINY_RUN
 
-pytestmark = pytest.mark.ray
-
 ROOT = Path(rlgen.__file__).resolve().parents[1]
 MINE = "reward.scorers.mine={type: python, target: 'my_rewards:Mine', arguments: {folder: FOLDER}}"
 SETTINGS = [*TINY_RUN, "steps=2", "checkpoint.every_steps=1", "evaluation.cfg_scales=[]"]
@@ -62,6 +60,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "summary.json").read_text())
 
 
+@pytest.mark.ray
 def test_a_scorer_that_only_fails_in_its_actor_is_told_without_a_traceback(
     cache_folder: Path, tmp_path: Path
 ) -> None:
@@ -97,7 +96,9 @@ MESSAGES = {
 }
 
 
-@pytest.mark.parametrize(("runtime", "how"), [("ray", "raise"), ("local", "nan")])
+@pytest.mark.parametrize(
+    ("runtime", "how"), [pytest.param("ray", "raise", marks=pytest.mark.ray), ("local", "nan")]
+)
 def test_a_scorer_that_goes_wrong_stops_the_run_at_a_checkpoint_it_goes_on_from(
     undisturbed: dict[str, Any], tmp_path: Path, runtime: str, how: str
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_scorer_that_goes_wrong_stops_the_run_at_a_checkpoint_it_goes_on_from(
     assert summary["after"]["rewards"].keys() == {"clip", "preference", "mine"}
 
 
+@pytest.mark.ray
 def test_the_shipped_example_runs_and_is_trained_on(
     cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
