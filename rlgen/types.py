@@ -165,6 +165,8 @@ class Health:
     recovery_s: dict[str, float]
     """Seconds from the last time that a loss was noticed to a replacement at work, by role."""
     groups: GroupCounts
+    workers: dict[str, int] = field(default_factory=dict)
+    """Workers that have come up and were not lost, by role."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class Head:
     address: str
     dashboard: str
     token: str
+    folder: Path
+    """Ray's `--temp-dir`."""
 
 
 def closed_port() -> int:
@@ -69,7 +71,7 @@ def ray_head(*flags: str, num_cpus: int = 2, **environment: str) -> Iterator[Hea
         host = re.search(r"Local node IP: ([\d.]+)", plain)
         assert host is not None, plain
         dashboard = f"http://127.0.0.1:{named['dashboard-port']}"
-        yield Head(f"{host[1]}:{named['port']}", dashboard, token)
+        yield Head(f"{host[1]}:{named['port']}", dashboard, token, folder)
     finally:
         process.terminate()
         try:

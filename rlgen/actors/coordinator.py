@@ -97,7 +97,7 @@ class Coordinator:
         """Wait until so many workers of each role have asked for work; who is missing then."""
 
         def missing() -> dict[str, int]:
-            here = Counter(worker.partition("-")[0] for worker in self._crew)
+            here = self._present()
             return {role: n - here[role] for role, n in wanted.items() if n > here[role]}
 
         with suppress(TimeoutError):
@@ -216,9 +216,13 @@ class Coordinator:
         """Where the work is, for messages."""
         return self._dispatcher.describe()
 
-    async def report(self) -> tuple[GroupCounts, dict[str, float]]:
-        """The ledger of training groups, and how long it took to fill a lost worker's place."""
-        return self._dispatcher.counts(), dict(self._recovery_s)
+    async def report(self) -> tuple[GroupCounts, dict[str, float], dict[str, int]]:
+        """The ledger of training groups, how long it took to fill a lost worker's place, and how
+        many workers of each role there are."""
+        return self._dispatcher.counts(), dict(self._recovery_s), self._present()
+
+    def _present(self) -> Counter[str]:
+        return Counter(worker.partition("-")[0] for worker in self._crew)
 
     def _forget(self, prefix: str) -> None:
         self._last_beats = {

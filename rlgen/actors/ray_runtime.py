@@ -151,12 +151,14 @@ class RayRuntime:
         roles = dict.fromkeys(("rollout", "reward"), 0) | restarts
         if self._with_learner:
             roles |= {"moment_store": self._store.restarts, "learner": self._attempt}
-        self._groups, recovery_s = self._get(self._coordinator.report.remote(), "the coordinator")
+        report = self._coordinator.report.remote()
+        self._groups, recovery_s, crew = self._get(report, "the coordinator")
         if self._with_learner and self._store.recovery_s is not None:
             recovery_s["moment_store"] = self._store.recovery_s
         if self._recovery_s is not None:
             recovery_s["learner"] = self._recovery_s
-        return Health(roles, recovery_s, self._past_groups + self._groups)
+        workers = {role: crew[role] for role in ("rollout", "reward")}
+        return Health(roles, recovery_s, self._past_groups + self._groups, workers)
 
     def close(self) -> None:
         """Send everyone home and disconnect."""

@@ -48,6 +48,7 @@ def run(request: Request) -> int:
     given again, or that a role was lost in the middle of it.
     """
     from rlgen.jobs.checkpoints import RunCheckpoints
+    from rlgen.jobs.metrics_export import exported
     from rlgen.jobs.prepare import make_runtime, prepare_inputs
     from rlgen.jobs.recorder import Recorder
     from rlgen.jobs.resuming import resumed
@@ -60,7 +61,7 @@ def run(request: Request) -> int:
             recorder.open(config)
             runtime = make_runtime(config, recorder)
             try:
-                with stop_on_signals(recorder):
+                with stop_on_signals(recorder), exported(config, recorder):
                     train_to_the_end(config, runtime, recorder, checkpoints)
             finally:
                 checkpoints.let_go(timeout_s=_LAST_CHANCE_S)

@@ -24,6 +24,7 @@ from rlgen.jobs.console import RunProgress, summary_table
 from rlgen.jobs.ledger import GroupLedger
 from rlgen.jobs.lineage import Lineage, candidate_of
 from rlgen.jobs.memory import PeakMemory
+from rlgen.jobs.metrics_export import MetricsExport
 from rlgen.jobs.report import build_report
 from rlgen.jobs.run_folder import choose_folder, claim_folder
 from rlgen.learner.checkpoint import Part, checkpoint_uri, part_digests, read_meta
@@ -69,6 +70,8 @@ class Recorder:
         """The one committed last, by this process."""
         self.is_stopping = False
         """Whether the run was asked to end."""
+        self.export: MetricsExport | None = None
+        """Takes the numbers to Prometheus."""
 
     def __enter__(self) -> Self:
         self._memory.__enter__()
@@ -139,6 +142,7 @@ class Recorder:
         self._ledger.see(health.groups)
         restarts = {f"restarts/{role}": float(n) for role, n in health.restarts.items()}
         restarts |= {f"recovery/{role}_s": seconds for role, seconds in health.recovery_s.items()}
+        restarts |= {f"workers/{role}": float(n) for role, n in health.workers.items()}
         means = {f"reward/{name}": float(v.mean()) for name, v in rewards.rewards.items()}
         work = {
             "time/sampling_s": sum(item.rollout.sampling_s for item in scored),
@@ -213,6 +217,12 @@ class Recorder:
         write_bytes(str(self.folder / "config.yaml"), dump_yaml(unresumed).encode())
         if self._tracker is not None:
             self._tracker.log_artifact(self.folder / "config.yaml")
+
+    def note_loss(self) -> None:
+        """Count a role that was lost in the middle of a step."""
+        self.num_losses += 1
+        if self.export is not None:
+            self.export.add_loss()
 
     def log_metrics(self, step: int, row: dict[str, float]) -> None:
         """Take in numbers from beside the steps; any thread may call it."""
@@ -339,6 +349,8 @@ class Recorder:
             stream.write(json.dumps({"step": step, "time_s": elapsed, **row}) + "\n")
         if self._tracker is not None:
             self._tracker.log_metrics(step, row)
+        if self.export is not None and self._tracker is not None:
+            self.export.put(step, row, num_unsent=self._tracker.num_unsent)
 
     def _tracking_uri(self) -> str:
         uri = self.config.tracking.uri

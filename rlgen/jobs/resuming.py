@@ -35,7 +35,7 @@ def after_loss(loss: RoleLost, config: RunConfig, recorder: Recorder) -> RunConf
     Raises:
         RoleLost: it has happened too often without a finished step in between.
     """
-    recorder.num_losses += 1
+    recorder.note_loss()
     if recorder.num_losses > config.cluster.max_restarts:
         raise RoleLost(
             f"{loss} This was loss {recorder.num_losses} without a finished step in between, and "
