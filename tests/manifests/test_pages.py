@@ -18,10 +18,11 @@ from rlgen.config.run import RunConfig
 pytestmark = pytest.mark.manifests
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("rlgen", "jobs", "cluster", "infra")
 PAGES = sorted(
     page
-    for folder in (".", ".github", "rlgen", "jobs", "cluster", "infra")
-    for page in (ROOT / folder).glob("*.md")
+    for pattern in ("*.md", ".github/**/*.md", *(f"{f}/**/*.md" for f in FOLDERS))
+    for page in ROOT.glob(pattern)
 )
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
