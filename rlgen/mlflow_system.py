@@ -25,7 +25,6 @@ class SystemSampler:
         """
         self._interval_s, self._take = interval_s, take
         self._monitors = _monitors()
-        self._sample()  # CPU use is measured since the call before
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
         self._thread.start()
@@ -36,6 +35,7 @@ class SystemSampler:
         self._thread.join(_LAST_SAMPLE_S)
 
     def _work(self) -> None:
+        self._sample()  # CPU use is measured since this thread's call before
         while not self._ending.wait(self._interval_s):
             self._take(self._sample())
         self._take(self._sample())  # short runs have one too

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,14 +12,9 @@ from sklearn.datasets import load_digits
 
 from rlgen.evaluation.grid import arrange_by_class, write_grid
 from rlgen.jobs.report import build_report
+from tests.browser.chromium import CHROMIUM, FLAGS, needs_chromium, picture
 
-CHROMIUM = next(
-    (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH"),
-]
+pytestmark = [pytest.mark.browser, needs_chromium]
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -119,37 +113,31 @@ SUMMARY = {
 }
 
 
-def screenshot(page: Path, picture: Path, *, width: int, height: int) -> np.ndarray:
+def screenshot(page: Path, target: Path, profile: Path, *, width: int, height: int) -> np.ndarray:
     assert CHROMIUM is not None
     subprocess.run(
         [
             CHROMIUM,
             "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--hide-scrollbars",
-            f"--user-data-dir={picture.parent / 'profile'}",
+            *FLAGS,
+            f"--user-data-dir={profile}",
             f"--window-size={width},{height}",
-            f"--screenshot={picture}",
+            f"--screenshot={target}",
             page.as_uri(),
         ],
         check=True,
         capture_output=True,
         timeout=120,
     )
-    with Image.open(picture) as image:
+    with Image.open(target) as image:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
 @pytest.mark.parametrize("width", [1280, 420])
 def test_the_page_shows_table_grids_and_curves(tmp_path: Path, width: int) -> None:
     report = build_report(make_run(tmp_path / "run"))
-    pixels = screenshot(report, tmp_path / "page.png", width=width, height=3400)
+    target = picture(f"report-{width}", tmp_path)
+    pixels = screenshot(report, target, tmp_path / "profile", width=width, height=3400)
     assert pixels.shape[1] == width
     # A blank page or a dialog has a handful of colours; grids and curves have thousands.
     colours = np.unique(pixels.reshape(-1, 3), axis=0)

@@ -43,7 +43,7 @@ def test_samples_have_the_names_and_sizes_that_the_page_shows(tmp_path: Path) ->
     assert 0.02 * total_mb < metrics["system/system_memory_usage_megabytes"] <= total_mb
     cpu = [p.value for p in client.get_metric_history(run_id, "system/cpu_utilization_percentage")]
     assert len(cpu) >= 4
-    assert all(0 <= value <= 100 for value in cpu) and max(cpu) > 0
+    assert all(0 < value <= 100 for value in cpu), "the first one too"
 
     # A resumed run goes on where the samples ended.
     client, resumed_id = sampled_run(tmp_path / "run", seconds=0.5)
