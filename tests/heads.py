@@ -75,7 +75,7 @@ def ray_head(*flags: str, num_cpus: int = 2, **environment: str) -> Iterator[Hea
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(10)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
