@@ -35,12 +35,12 @@ _START_S = 90.0
 
 
 def await_that(find: Callable[[], Any], what: str, *, deadline_s: float = _START_S) -> Any:
-    """Ask every 0.2 s until the answer is true; the answer."""
+    """Ask ten times a second until the answer is true; the answer."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
         if found := find():
             return found
-        time.sleep(0.2)
+        time.sleep(0.1)
     raise AssertionError(f"no {what} within {deadline_s:g} s")
 
 
@@ -131,10 +131,9 @@ def postgres(settings: Mapping[str, str]) -> Iterator[int]:
 
 @contextmanager
 def mlflow(
-    settings: Mapping[str, str], postgres_port: int, folder: Path
-) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The tracking server; its URL and its process."""
-    port = closed_port()
+    settings: Mapping[str, str], postgres_port: int, port: int, folder: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The tracking server's process, once it is healthy."""
     places = {
         "@postgres:5432": f"@127.0.0.1:{postgres_port}",
         "--port=5000": f"--port={port}",
@@ -153,7 +152,7 @@ def mlflow(
             return subprocess.run([sys.executable, *check[1:]], capture_output=True).returncode == 0
 
         await_that(is_healthy, "MLflow")
-        yield f"http://127.0.0.1:{port}", server
+        yield server
 
 
 def make_bucket(settings: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ steps its driver miscounts, because the one here does.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import psutil
 
 from tests.chaos.victims import processes, steps_done
 from tests.conftest import TINY_RUN
-from tests.heads import Head, ray_head
+from tests.heads import Head, closed_port, ray_head
 from tests.infra.natives import (
     Prometheus,
     await_that,
@@ -64,7 +65,7 @@ LONG_RUN = [
     "evaluation.cfg_scales=[]",
     "evaluation.num_images=100",
     "evaluation.images_per_unit=50",
-    "checkpoint.every_steps=5",
+    "checkpoint.every_steps=10",
     "checkpoint.retries=0",
     "cluster.heartbeat_timeout_s=600",
     "cluster.max_restarts=50",
@@ -102,11 +103,8 @@ class Stage:
         missing = set(names) - alerts().keys()
         assert not missing, f"{missing} are no rules"
 
-        def have_fired() -> bool:
-            assert self.job.poll() is None or "RlgenRunLost" in names, "the run has ended"
-            return set(names) <= self.fired()
-
-        await_that(have_fired, f"{names}; fired: {self.fired()}")
+        for name in names:
+            await_that(lambda name=name: name in self.fired(), name)
 
     def fired(self) -> set[str]:
         """Every alert that has ever fired here."""
@@ -140,24 +138,31 @@ def staged(folder: Path) -> Iterator[Stage]:
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{line.port}",
             "RAY_metrics_report_interval_ms": "1000",
+            # By default every head of a machine wants the same two.
+            "AUTOSCALER_METRIC_PORT": str(closed_port()),
+            "DASHBOARD_METRIC_PORT": str(closed_port()),
             "PYTHONPATH": str(INFRA.parent),  # where workers find the rewards of the tests
         }
         make_bucket(settings)
-        starting = pool.submit(stack.enter_context, ray_head(num_cpus=4, **environment))
-        postgres_port = stack.enter_context(postgres(settings))
-        url, server = stack.enter_context(mlflow(settings, postgres_port, folder))
-        head = starting.result()
+        database = pool.submit(stack.enter_context, postgres(settings))
+        head = stack.enter_context(ray_head(num_cpus=4, **environment))
+        raylet = raylet_of(head)
+        stack.callback(lambda: os.killpg(os.getpgid(raylet.pid), signal.SIGKILL))
         environment |= {
             "RAY_ADDRESS": head.address,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": head.token,
         }
+        mlflow_port = closed_port()
+        url = f"http://127.0.0.1:{mlflow_port}"
         output = folder / "patient"
         job = [sys.executable, "-c", BROKEN_LEDGER, "--output", str(output), *LONG_RUN, *COLLAPSING]
         job += [INK.format(output.with_name("switch"))]
         job += [f"tracking.uri={url}", "checkpoint.uri=s3://rlgen/checkpoints"]
         log = folder / "patient.log"
         started = stack.enter_context(process(job, log, env=os.environ | environment))
+        postgres_port = database.result()
+        server = stack.enter_context(mlflow(settings, postgres_port, mlflow_port, folder))
 
         def is_training() -> bool:
             assert started.poll() is None, log.read_text()[-3000:]
@@ -167,7 +172,7 @@ def staged(folder: Path) -> Iterator[Stage]:
         watching = stack.enter_context(prometheus(head.folder, folder))
         yield Stage(
             head=head,
-            raylet=raylet_of(head),
+            raylet=raylet,
             prometheus=watching,
             mlflow_url=url,
             mlflow=server,

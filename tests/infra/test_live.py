@@ -44,7 +44,17 @@ ray.shutdown()
 """
 MAY_FIRE_ON_A_BUSY_MACHINE = {"RlgenStandsStill", "RlgenStepsSlow", "RlgenRunLost"}
 """Their durations are seconds here; rules_test.yaml shows that they are silent when they should."""
-RAY_LABELS = {"WorkerId", "NodeAddress", "SessionName", "Component", "Version", "otel_scope_name"}
+RAY_LABELS = {
+    "WorkerId",
+    "NodeAddress",
+    "SessionName",
+    "Component",
+    "Version",
+    "otel_scope_name",
+    "otel_scope_version",
+    "otel_scope_schema_url",
+}
+"""What Ray's agent adds."""
 
 pytestmark = [
     pytest.mark.ray,
@@ -84,7 +94,11 @@ def test_a_run_that_does_well_sets_off_no_alert(stage: Stage) -> None:
     await_that(
         lambda: stage.prometheus.query(f"ray_rlgen_step{run} >= 8"), "the step in Prometheus"
     )
-    assert {h for t, h in stage.prometheus.targets().items() if t.startswith("ray ")} == {"up"}
+    for url in agent_urls(stage.head):  # in Ray's list, so that ours must find it there
+        address = url.removeprefix("http://").removesuffix("/metrics")
+        await_that(
+            lambda name=f"ray {address}": stage.prometheus.targets().get(name) == "up", address
+        )
     assert not stage.prometheus.firing() - MAY_FIRE_ON_A_BUSY_MACHINE
 
 
@@ -105,21 +119,32 @@ def test_storage_tracking_and_a_worker_are_away_and_come_back(stage: Stage) -> N
         "RlgenCheckpointOld",
         "RlgenTrackingBehind",
         "RlgenWorkersMissing",
+        "RlgenWorkersRestart",
     }
     assert not names & stage.fired()
     stage.line.cut()
     os.killpg(stage.mlflow.pid, signal.SIGSTOP)
-    stage.victims("rollout")[0].kill()
-    stage.await_alerts(*names)
-    stage.line.mend()
-    os.killpg(stage.mlflow.pid, signal.SIGCONT)
-    await_that(lambda: not names & stage.prometheus.firing(), "end of these alerts")
+    try:
+        deadline = time.monotonic() + 90
+        while not names <= stage.fired() and time.monotonic() < deadline:
+            if not {"RlgenWorkersMissing", "RlgenWorkersRestart"} <= stage.fired():
+                for worker in stage.victims("rollout")[1:]:  # whoever comes in its place, too
+                    worker.kill()
+            time.sleep(0.2)
+        assert names <= stage.fired(), names - stage.fired()
+    finally:
+        stage.line.mend()
+        os.killpg(stage.mlflow.pid, signal.SIGCONT)
+    gone = names - {"RlgenWorkersRestart", "RlgenCheckpointFails"}  # those two look back an hour
+    await_that(lambda: not gone & stage.prometheus.firing(), "end of these alerts")
 
 
 def test_processes_die(stage: Stage) -> None:
-    names = {"RlgenWorkersRestart", "RlgenRoleLost", "RlgenGroupsDropped"}
+    names = {"RlgenRoleLost", "RlgenGroupsDropped"}
     assert not names & stage.fired()
-    for role in ("rollout", "reward", "learner"):
+    # In the middle between two checkpoints, which are 10 steps apart: so there is work to lose.
+    await_that(lambda: steps_done(stage.output) % 10 in (5, 6), "a step between")
+    for role in ("reward", "learner"):
         for victim in stage.victims(role):
             victim.kill()
     stage.await_alerts(*names)
@@ -150,19 +175,19 @@ def test_the_policy_collapses_and_the_driver_miscounts(stage: Stage) -> None:
 
 
 def test_every_query_of_the_dashboard_has_data(stage: Stage) -> None:
+    has_gpu = Path("/dev/nvidiactl").exists()
     dashboard = json.loads((INFRA / "grafana" / "dashboards" / "rlgen.json").read_text())
-    empty = []
     for panel in dashboard["panels"]:
         for target in panel.get("targets", []):
             query = target["expr"].replace("$run", "patient").replace("$__range", "5m")
-            found = stage.prometheus.query(query.replace("$__rate_interval", "10s"))
-            if not found:
-                empty.append(f"{panel['title']}: {query}")
+            query = query.replace("$__rate_interval", "10s")
+            found = stage.prometheus.query(query)
+            if panel["title"].startswith("GPU") and not has_gpu:
+                continue
+            if not found:  # Ray measures nodes every few seconds, and here forgets within two
+                found = await_that(lambda query=query: stage.prometheus.query(query), query)
             legend = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
             assert all(legend <= series["metric"].keys() for series in found), query
-    if not Path("/dev/nvidiactl").exists():
-        empty = [query for query in empty if not query.startswith("GPU")]
-    assert not empty
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
