@@ -82,7 +82,6 @@ class Stage:
     mlflow_url: str
     mlflow: subprocess.Popen[bytes]
     postgres_port: int
-    s3_port: int
     line: Line
     """Between the run and the S3 server."""
     settings: dict[str, str]
@@ -177,7 +176,6 @@ def staged(folder: Path) -> Iterator[Stage]:
             mlflow_url=url,
             mlflow=server,
             postgres_port=postgres_port,
-            s3_port=s3_port,
             line=line,
             settings=settings,
             output=output,

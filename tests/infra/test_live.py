@@ -292,6 +292,8 @@ def test_a_driver_that_ends_is_not_lost_and_one_that_is_killed_is(stage: Stage) 
     await_that(lambda: stage.prometheus.query('ray_rlgen_step{run="ended"} == 1'), "its step")
     ended.communicate("\n", timeout=60)
     assert ended.returncode == 0
+    gone = 'last_over_time(ray_rlgen_run_active{run="ended"}[1m]) == 0'
+    await_that(lambda: stage.prometheus.query(gone), "its end in Prometheus", deadline_s=10)
     assert "RlgenRunLost" not in stage.prometheus.firing()
     stage.job.kill()
     await_that(lambda: "RlgenRunLost" in stage.prometheus.firing(), "RlgenRunLost")
