@@ -5,8 +5,9 @@ the same judge. Must not know how a policy was trained or judged.
 """
 
 import math
+import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,8 @@ def _make_model(client: Any, model: str) -> None:
 
     try:
         client.create_registered_model(model)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    except MlflowException:
+        client.get_registered_model(model)  # raises if it was not there before, either
 
 
 def _champion(client: Any, model: str) -> Any | None:
@@ -192,7 +192,7 @@ def _crown(client: Any, model: str, version: str, before: Any | None) -> None:
     """Move the alias; the tags go first, so that whoever sees the alias sees them too."""
     now_ms = int(time.time() * 1000)
     _set_tags(client, model, version, {"rlgen.promoted_ms": str(now_ms), "rlgen.status": CHAMPION})
-    client.set_registered_model_alias(model, CHAMPION, version)
+    _twice(client.set_registered_model_alias, model, CHAMPION, version)
     if before is not None:
         _set_tags(client, model, str(before.version), {"rlgen.status": "former champion"})
 
@@ -225,4 +225,15 @@ def _shown_fid(version: Any | None) -> str:
 
 def _set_tags(client: Any, model: str, version: str, tags: Mapping[str, str]) -> None:
     for name, value in tags.items():
-        client.set_model_version_tag(model, version, name, value)
+        _twice(client.set_model_version_tag, model, version, name, value)
+
+
+def _twice(write: Callable[..., Any], *words: str) -> None:
+    """Write once more if it fails: MLflow lets the database refuse one of two at the same time."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        write(*words)
+    except MlflowException:
+        time.sleep(random.uniform(0.1, 0.5))
+        write(*words)

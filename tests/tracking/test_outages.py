@@ -62,7 +62,7 @@ class Run:
             assert time.monotonic() < end, self.tracker.warnings
             self.steps(STEP_S)
 
-    def measured(self) -> tuple[list[float], list[float]]:
+    def measured(self) -> "Steps":
         """Lengths and calls of the steps since this was asked last."""
         found = self.lengths, self.calls
         self.lengths, self.calls = [], []
@@ -103,19 +103,32 @@ def picture(folder: Path, step: int) -> Path:
     return path
 
 
-def check_steps(
-    undisturbed: tuple[list[float], list[float]], troubled: tuple[list[float], list[float]]
-) -> None:
-    """No step waited for MLflow, and steps are as long as they were without trouble."""
+Steps = tuple[list[float], list[float]]
+"""Lengths of steps, and their times in the tracker's calls."""
+
+
+def check_steps(measure: Callable[[str], tuple[Steps, Steps]]) -> None:
+    """No step waits for MLflow, and steps are as long as they are without trouble.
+
+    Measured once more if that does not hold: what else runs on a machine can only slow it down.
+
+    Args:
+        measure: makes a run of this name; returns its steps without and with trouble.
+    """
+    if all(held for _, held in found_of(*measure("first"))):
+        return
+    found = found_of(*measure("second"))
+    assert all(held for _, held in found), [what for what, _ in found]
+
+
+def found_of(undisturbed: Steps, troubled: Steps) -> list[tuple[str, bool]]:
+    """What was found, in words, and whether it is as it must be."""
     lengths, calls = troubled
-    assert max(calls) <= (MAX_RATIO - 1) * STEP_S, f"{max(calls):.4f} s in the tracker's calls"
-    ninth_tenth = sorted(lengths)[int(0.9 * len(lengths))]
-    assert ninth_tenth <= MAX_RATIO * median(undisturbed[0]), (lengths, undisturbed[0])
-
-
-@pytest.fixture
-def told() -> list[str]:
-    return []
+    usual, ninth_tenth = median(undisturbed[0]), sorted(lengths)[int(0.9 * len(lengths))]
+    return [
+        (f"{max(calls):.4f} s in calls", max(calls) <= (MAX_RATIO - 1) * STEP_S),
+        (f"{ninth_tenth:.4f} s, not {usual:.4f} s", ninth_tenth <= MAX_RATIO * usual),
+    ]
 
 
 @pytest.fixture
@@ -134,46 +147,53 @@ def start(uri: str, folder: Path, told: list[str]) -> Run:
     return run
 
 
-def test_a_server_that_is_gone_for_a_while(
-    server: MlflowServer, tmp_path: Path, told: list[str]
-) -> None:
-    run = start(server.uri, tmp_path / "run", told)
-    run.steps(4.0)
-    undisturbed = run.measured()
-    server.stop()
-    run.steps(6.0)
-    back = in_background(server.start, name="server")
-    run.steps_until(lambda: back.done() and run.tracker.num_unsent <= FEW)
-    back.result()
-    check_steps(undisturbed, run.measured())
-    run.close(server.uri)
-    assert len(told) == 1, told
-    assert "doesn't take records" in told[0] and str(tmp_path / "run") in told[0]
-
-
-def test_a_server_that_is_slow_or_refuses(
-    server: MlflowServer, tmp_path: Path, told: list[str]
-) -> None:
-    with Gate(server.uri) as gate:
-        run = start(gate.uri, tmp_path / "run", told)
+def test_a_server_that_is_gone_for_a_while(server: MlflowServer, tmp_path: Path) -> None:
+    def measure(name: str) -> tuple[Steps, Steps]:
+        told: list[str] = []
+        run = start(server.uri, tmp_path / name, told)
         run.steps(4.0)
         undisturbed = run.measured()
-
-        def trouble(words: str, seconds: float) -> None:
-            num_told = len(told)
-            run.steps(seconds)
-            gate.refusal, gate.delay_s = None, 0.0
-            run.steps_until(lambda: run.tracker.num_unsent <= FEW)
-            assert len(told) == num_told + 1 and words in told[-1], told
-
-        gate.delay_s = 2.0
-        trouble("is slow", 7.0)
-        gate.refusal = 500
-        trouble("500", 3.0)
-        gate.refusal = 401
-        trouble("401", 3.0)
-        gate.delay_s = 2.0  # also while the run ends
-        run.steps(1.0)
-        check_steps(undisturbed, run.measured())
+        server.stop()
+        run.steps(6.0)
+        back = in_background(server.start, name="server")
+        run.steps_until(lambda: back.done() and run.tracker.num_unsent <= FEW)
+        back.result()
+        troubled = run.measured()
         run.close(server.uri)
-        assert len(told) == 3, told
+        assert len(told) == 1, told
+        assert "doesn't take records" in told[0] and str(tmp_path / name) in told[0]
+        return undisturbed, troubled
+
+    check_steps(measure)
+
+
+def test_a_server_that_is_slow_or_refuses(server: MlflowServer, tmp_path: Path) -> None:
+    def measure(name: str) -> tuple[Steps, Steps]:
+        told: list[str] = []
+        with Gate(server.uri) as gate:
+            run = start(gate.uri, tmp_path / name, told)
+            run.steps(4.0)
+            undisturbed = run.measured()
+            gate.delay_s = 2.0
+            run.steps(7.0)
+            mend(gate, run)
+            assert len(told) == 1 and "is slow" in told[0], told
+            for status in (500, 401):
+                gate.refusal = status
+                run.steps(3.0)
+                mend(gate, run)
+                assert str(status) in told[-1], told
+            gate.delay_s = 2.0  # also while the run ends
+            run.steps(1.0)
+            troubled = run.measured()
+            run.close(server.uri)
+            assert len(told) == 3, told
+        return undisturbed, troubled
+
+    check_steps(measure)
+
+
+def mend(gate: Gate, run: Run) -> None:
+    """Let everything through, and go on until the records have arrived."""
+    gate.refusal, gate.delay_s = None, 0.0
+    run.steps_until(lambda: run.tracker.num_unsent <= FEW)
