@@ -26,10 +26,11 @@ CLOSE_ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"
 
 @dataclass(frozen=True)
 class Tracked:
-    """A finished run: its page and its server's, and the steps at which it was judged."""
+    """A finished run: its pages, and the steps at which it was judged."""
 
     run: str
     server: str
+    report: str
     judged: list[int]
 
 
@@ -46,13 +47,13 @@ def tracked(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             "tracking.model=digits",
             "tracking.system_metrics_s=0.5",
         ]
-        assert grpo.main(["--output", str(folder / "run"), *settings]) == 0
+        assert grpo.main(["--output", str(folder / "digits"), *settings]) == 0
         client = MlflowClient(server.uri)
         experiment = client.get_experiment_by_name("rlgen")
         [run] = client.search_runs([experiment.experiment_id])
         page = f"{server.uri}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
         judged = [p.step for p in client.get_metric_history(run.info.run_id, "judge/fid")]
-        yield Tracked(page, server.uri, judged)
+        yield Tracked(page, server.uri, (folder / "digits/report.html").as_uri(), judged)
 
 
 def test_a_person_finds_curves_grid_machine_and_champion(tracked: Tracked, tmp_path: Path) -> None:
@@ -80,6 +81,10 @@ def test_a_person_finds_curves_grid_machine_and_champion(tracked: Tracked, tmp_p
         page.get_by_text("champion").first.wait_for()
         page.get_by_text("rlgen.judge_fid").first.wait_for()
         page.screenshot(path=picture("mlflow_model", tmp_path))
+
+        page.goto(tracked.report)
+        page.get_by_text("GRPO took the judge FID").first.wait_for()
+        page.screenshot(path=picture("report", tmp_path))
 
 
 def paths(page: Page) -> list[str]:
