@@ -25,6 +25,7 @@ from rlgen.jobs.ledger import GroupLedger
 from rlgen.jobs.lineage import Lineage, candidate_of
 from rlgen.jobs.memory import PeakMemory
 from rlgen.jobs.metrics_export import MetricsExport
+from rlgen.jobs.metrics_file import MetricsFile
 from rlgen.jobs.report import build_report
 from rlgen.jobs.run_folder import choose_folder, claim_folder
 from rlgen.learner.checkpoint import Part, checkpoint_uri, part_digests, read_meta
@@ -53,6 +54,7 @@ class Recorder:
         self.checkpoint_root = root if "://" in root else str(Path(root).resolve())
         self._tracker: Tracker | None = None
         self._lineage = Lineage(self.folder)
+        self._metrics = MetricsFile(self.folder / "metrics.jsonl")
         self._memory = PeakMemory()
         self._progress = RunProgress(config.steps)
         self._started = time.monotonic()
@@ -121,7 +123,7 @@ class Recorder:
 
     def begin(self, base: tuple[Sweep, np.ndarray]) -> None:
         """Take in the evaluation of the base policy."""
-        self._forget_rows_after(-1)  # of an earlier start that did not get far
+        self._metrics.forget_after(-1)  # of an earlier start that did not get far
         sweep, images = base
         self._before = sweep.as_summary()
         self._sweeps["before"] = sweep.fids()
@@ -269,7 +271,7 @@ class Recorder:
         # A rollback rewinds the run, but not the memory that it happened.
         self._alarms = max(self._alarms, state["alarms"], key=len)
         self.num_rollbacks = max(self.num_rollbacks, state["num_rollbacks"])
-        rewound = self._forget_rows_after(state["step"])
+        rewound = self._metrics.forget_after(state["step"])
         if is_new_process:
             num_steps = sum("groups/trained" in row for row in rewound)
             lost = num_steps * self.config.rollout.conditions_per_step
@@ -333,20 +335,8 @@ class Recorder:
         if command := ui_command(self._tracking_uri()):
             self.note(f"MLflow:      {command}")
 
-    def _forget_rows_after(self, step: int) -> list[dict[str, Any]]:
-        """Take back the rows of steps that will be done again."""
-        metrics = self.folder / "metrics.jsonl"
-        if not metrics.exists():
-            return []
-        rows = [json.loads(row) for row in metrics.read_text().splitlines() if row.endswith("}")]
-        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-        write_bytes(str(metrics), kept.encode())
-        return [row for row in rows if row["step"] > step]
-
     def _write(self, step: int, row: dict[str, float]) -> None:
-        elapsed = time.monotonic() - self._started
-        with (self.folder / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps({"step": step, "time_s": elapsed, **row}) + "\n")
+        self._metrics.append(step, row)
         if self._tracker is not None:
             self._tracker.log_metrics(step, row)
         if self.export is not None and self._tracker is not None:
