@@ -55,7 +55,7 @@ def connect(config: RunConfig) -> str:
         context = ray.init(
             address="local",
             object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=True,
+            include_dashboard=config.cluster.dashboard,
             **options,
         )
     return context.dashboard_url or ""
