@@ -180,7 +180,8 @@ def test_workers_join_and_leave_with_spot_nodes_and_the_result_stays(cluster: Cl
         wait_for(lambda: all(n in runtime.whereabouts() for n in newcomers), "they get units")
         cluster.remove_node(joined, allow_graceful=False)
         finish(config, runtime, 1)
-        wait_for(lambda: runtime.health().restarts["rollout"] == 2, "two are lost")
+        # Three, if one in their place was still sent to the node that was gone.
+        wait_for(lambda: runtime.health().restarts["rollout"] >= 2, "two are lost")
         assert [p.worker for p in runtime.pulses("rollout-")] == [first.worker]
 
         submit(config, runtime, 2)
