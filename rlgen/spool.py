@@ -20,7 +20,7 @@ from rlgen.storage import without_credentials
 
 SPOOL_NAME = "mlflow_spool.jsonl"
 FLUSH_INTERVAL_S = 2.0
-MAX_BACKOFF_S = 60.0
+MAX_BACKOFF_S = 15.0
 OUTAGE_PATIENCE_S = 5.0
 """Wait at the end for a server that does not answer; records stay in the spool."""
 SECRET_NAME = re.compile(r"(?i)passw|secret|credential|(api|access|private)_?key|(^|_)token$")
