@@ -4,8 +4,6 @@ Owns merging, reading and the wording of configuration errors. Must not import t
 """
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from rlgen.config.imagenet import IMAGENET, imagenet_class_names
 from rlgen.config.reward import SCORER_TYPES
 from rlgen.config.run import RunConfig
 from rlgen.config.secrets import is_scrubbed, scrubbed_tree
+from rlgen.config.tree import digest
 from rlgen.errors import ConfigError
 
 
@@ -78,8 +77,7 @@ def dump_yaml(config: RunConfig) -> str:
 
 def config_sha256(config: RunConfig) -> str:
     """Return the digest of the resolved configuration, 64 hexadecimal digits."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return digest(config.model_dump(mode="json"))
 
 
 def _read_yaml(path: str) -> Mapping[str, Any]:

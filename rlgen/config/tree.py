@@ -1,5 +1,7 @@
-"""Nested settings as dotted keys."""
+"""Nested settings as dotted keys, and their digest."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,3 +13,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def digest(tree: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a tree of JSON values, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from rlgen.config.identity import resume_key
 from rlgen.config.load import dump_yaml
 from rlgen.config.run import RunConfig
 from rlgen.errors import CheckpointError, RoleLost, StorageError
@@ -31,7 +32,6 @@ from rlgen.learner.checkpoint import (
     write_parts,
 )
 from rlgen.learner.ownership import RootClaim
-from rlgen.learner.preflight import resume_key
 from rlgen.learner.runtime import Runtime
 from rlgen.learner.state_io import MOMENTS, dump_state, parse_state
 from rlgen.storage import in_background, join, remove, without_credentials

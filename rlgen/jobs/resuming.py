@@ -4,12 +4,12 @@ Owns the choice of the checkpoint and the patience with losses; what a checkpoin
 checkpoints.py.
 """
 
+from rlgen.config.identity import resume_key
 from rlgen.config.run import RunConfig
 from rlgen.errors import RoleLost
 from rlgen.jobs.checkpoints import resumed_config
 from rlgen.jobs.recorder import Recorder
 from rlgen.learner.checkpoint import newest_checkpoint
-from rlgen.learner.preflight import resume_key
 
 
 def resumed(config: RunConfig, asked: RunConfig, recorder: Recorder) -> RunConfig:

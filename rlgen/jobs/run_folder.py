@@ -10,10 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rlgen.config.identity import differences, resume_key
 from rlgen.config.run import RunConfig
 from rlgen.errors import ConfigError
 from rlgen.learner.ownership import process_mark
-from rlgen.learner.preflight import resume_key
 from rlgen.storage import write_bytes
 
 _OWNER = "run.json"
@@ -61,9 +61,10 @@ def _check_named(config: RunConfig, folder: Path) -> None:
             "its checkpoints by checkpoint.resume_from."
         )
     if owner is None or owner["settings"] != resume_key(config):
+        told = differences((folder / "config.yaml").read_bytes(), config)
         raise ConfigError(
-            f"--output {folder} holds an interrupted run of other settings; name another folder, "
-            "or go on with it by its own config.yaml."
+            f"--output {folder} holds an interrupted run of other settings: {told}. Name another "
+            "folder, or go on with it by its own config.yaml."
         )
 
 

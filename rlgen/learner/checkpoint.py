@@ -162,7 +162,7 @@ def newest_checkpoint(root: str, *, resume_key: str) -> str | None:
 
     Args:
         root: folder or URL; it may not exist yet.
-        resume_key: what the run is known by (`preflight.resume_key`).
+        resume_key: what the run is known by (`config.identity.resume_key`).
     Returns:
         its URI, or None if there is none.
     Raises:

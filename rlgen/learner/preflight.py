@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from rlgen.config.load import config_sha256
+from rlgen.config.identity import differences, resume_key
 from rlgen.config.plan import named_files
 from rlgen.config.reward import PythonRewardConfig
 from rlgen.config.run import RunConfig
 from rlgen.errors import CheckpointError, ConfigError, RewardError
 from rlgen.evaluation.judge import load_real_features
 from rlgen.features.extractor import load_extractor
-from rlgen.learner.checkpoint import read_meta
+from rlgen.learner.checkpoint import read_meta, read_part
 from rlgen.learner.sample_size import few_samples
 from rlgen.moments.reference import check_reference
 from rlgen.policies.captions import load_captions
@@ -25,6 +25,7 @@ from rlgen.policies.protocol import Policy
 from rlgen.rewards.load import check_scorer, load_reward
 from rlgen.rewards.protocol import Asked
 from rlgen.rewards.reference import load_class_means, read_reference
+from rlgen.storage import without_credentials
 from rlgen.tokenizers.protocol import Tokenizer
 from rlgen.tokenizers.published import open_tokenizer
 
@@ -80,7 +81,7 @@ def check_inputs(config: RunConfig) -> None:
     _check_moments(config, device)
     _check_judge(config, device)
     if config.checkpoint.resume_from is not None:
-        _check_resume(config, config.checkpoint.resume_from)
+        check_resume(config, config.checkpoint.resume_from)
 
 
 def check_fit(config: RunConfig, policy: Policy, tokenizer: Tokenizer, *, num_classes: int) -> None:
@@ -162,32 +163,17 @@ def _check_judge(config: RunConfig, device: torch.device) -> None:
             )
 
 
-def _check_resume(config: RunConfig, uri: str) -> None:
-    """A resumed run must be the same run: everything but where and how it runs is equal."""
+def check_resume(config: RunConfig, uri: str) -> None:
+    """A resumed run must be the same run: everything but where and how it runs is equal.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read, or settings differ; names them.
+    """
     meta = read_meta(uri)
-    ours = resume_key(config)
-    if meta["resume_key"] != ours:
+    if meta["resume_key"] != resume_key(config):
+        told = differences(read_part(uri, "config.yaml"), config)
         raise CheckpointError(
-            f"checkpoint.resume_from = {uri} was written with other settings (key "
-            f"{meta['resume_key'][:12]}, this run {ours[:12]}); resume with the config.yaml in "
-            "that run's folder, or start from its policy.safetensors as policy.checkpoint."
+            f"checkpoint.resume_from = {without_credentials(uri)} was written with other settings: "
+            f"{told}. Resume with the config.yaml in that run's folder, or start from its "
+            "policy.safetensors as policy.checkpoint."
         )
-
-
-def resume_key(config: RunConfig) -> str:
-    """Digest of the settings that decide a run's result; worker counts and places do not."""
-    neutral = RunConfig()
-    return config_sha256(
-        config.model_copy(
-            update={
-                "runtime": neutral.runtime,
-                "checkpoint": neutral.checkpoint,
-                "tracking": neutral.tracking,
-                "cluster": neutral.cluster,
-                "weights": neutral.weights,
-                "reward": config.reward.model_copy(update={"num_workers": 1}),
-                "rollout": config.rollout.model_copy(update={"num_workers": 1}),
-                "learner": config.learner.model_copy(update={"num_workers": 1}),
-            }
-        )
-    )

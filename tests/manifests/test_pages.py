@@ -25,6 +25,11 @@ PAGES = sorted(
     for page in ROOT.glob(pattern)
 )
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+each_page_of_today = pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "CHANGELOG.md"],  # which names what is gone
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 
 
 def commands_in(page: Path, start: str) -> list[list[str]]:
@@ -115,10 +120,8 @@ def test_modules_that_are_run_exist(page: Path) -> None:
     assert [module for module in named if find_spec(module) is None] == []
 
 
-@each_page
+@each_page_of_today
 def test_files_that_are_named_exist(page: Path) -> None:
-    if page.name == "CHANGELOG.md":
-        pytest.skip("it names what is gone")
     text = page.read_text(encoding="utf-8")
     named = re.findall(
         r"\b((?:tests|jobs|cluster|infra)/[\w./-]+\.(?:py|sh|yaml|json|txt))\b", text

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import rlgen.learner.checkpoint
+from rlgen.config.identity import resume_key
 from rlgen.config.run import RunConfig
 from rlgen.errors import CheckpointError, StorageError
 from rlgen.jobs.checkpoints import RunCheckpoints, resumed_config
 from rlgen.learner.checkpoint import MARKER, Part, newest_checkpoint, read_meta, read_part
 from rlgen.learner.learner import Learner
-from rlgen.learner.preflight import resume_key
+from rlgen.learner.preflight import check_resume
 from rlgen.learner.state_io import (
     LEARNER,
     MOMENTS,
@@ -278,3 +279,16 @@ def test_what_a_rollback_changed_stays_changed_when_the_same_command_is_given(
     assert again.learner.lr == lower.learner.lr
     assert again.checkpoint.resume_from == newest
     assert read_meta(newest)["resume_key"] == resume_key(again), "so preflight lets it through"
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_what_differs(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    record = Record(tmp_path)
+    with RunCheckpoints(config, record) as checkpoints:
+        checkpoints.save(config, Roles(config), 1, must_commit=True)
+    uri = str(record.last_checkpoint)
+    check_resume(config.with_values({"learner.num_workers": 2, "cluster.address": "local"}), uri)
+    other = config.with_values({"learner.lr": 0.5})
+    with pytest.raises(CheckpointError, match=rf"learner\.lr \({config.learner.lr}, now 0\.5\)"):
+        check_resume(other, uri)
