@@ -123,6 +123,7 @@ class LearnerGroup:
         """Return at once; the ranks come up meanwhile."""
         self._coordinator = coordinator
         self._attempt = attempt
+        self._may_end = False
         resources: dict[str, float] = {"CPU": config.learner.num_cpus}
         if config.learner.num_gpus:
             resources["GPU"] = config.learner.num_gpus
@@ -150,7 +151,8 @@ class LearnerGroup:
         self._thread.start()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the ranks to go home; whether they did."""
+        """Wait for the ranks to go home; whether they did. Their end is no loss any more."""
+        self._may_end = True
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -158,6 +160,8 @@ class LearnerGroup:
         try:
             self._trainer.fit()
         except Exception as error:
+            if self._may_end:  # the driver may have left Ray, and a call would start another
+                return
             # The first error counts: a rank that failed by its own fault has reported it.
             with suppress(RayError):
                 ray.get(self._coordinator.lose_learners.remote(self._attempt, _reasons(error)))

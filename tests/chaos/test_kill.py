@@ -25,44 +25,49 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SECONDS = {"rollout": 15, "reward": 15, "moment_store": 15, "learner": 60}
 """Bars for the time from a noticed loss to a replacement at work."""
-ROLES = {"rollout": "rollout", "reward": "reward", "moments": "moment_store", "learner": "learner"}
+VICTIMS = ["rollout", "reward", "moments", "learner", "coordinator", "weights"]
 
 
-def test_every_role_may_be_killed_at_any_moment(
-    undisturbed: dict[str, Any], tmp_path: Path, rounds: int
+def test_every_process_may_be_killed_or_hang_at_any_moment(
+    cache_folder: Path, tmp_path: Path, rounds: int
 ) -> None:
-    output = tmp_path / "run"
-    with running(output) as job:
-        root = psutil.Process(job.pid)
+    expected, output = tmp_path / "undisturbed" / "run", tmp_path / "run"
+    last = 24 * rounds
+    with running(expected, "runtime=local", f"steps={last}") as job:
+        finish(job)
+    with running(output, f"steps={last}", "cluster.heartbeat_timeout_s=5") as job:
         for _ in range(rounds):
-            for role in random.sample(list(ROLES), len(ROLES)):
+            blows = [(role, signal.SIGKILL) for role in VICTIMS]
+            blows += [(role, signal.SIGSTOP) for role in ("rollout", "learner")]
+            for role, kind in random.sample(blows, len(blows)):
                 done = steps_done(output)
-                await_that(lambda done=done: steps_done(output) > min(done, 10), "step")
-                time.sleep(random.random() * 0.5)
-                hurt(role, root)
+                await_that(lambda done=done: steps_done(output) > min(done, last - 2), "step")
+                time.sleep(random.random() * 0.3)
+                hurt(role, psutil.Process(job.pid), kind)
         finish(job)
     found = summary_of(output)
-    check_as_undisturbed(found, undisturbed)
-    for title in ROLES.values():
-        assert found["restarts"][title] >= 1
+    check_as_undisturbed(found, summary_of(expected))
     worst = dict.fromkeys(SECONDS, 0.0)
     for row in rows(output):
         assert row.get("groups/unaccounted", 0.0) == 0.0
         for title in SECONDS:
             worst[title] = max(worst[title], row.get(f"recovery/{title}_s", 0.0))
-    assert all(worst.values()), "each recovery is reported with its time"
-    print(f"longest recoveries: {worst}")
-    # On a machine whose cores are shared, what starts a process takes a multiple of the time.
-    slack = max(1.0, psutil.getloadavg()[0] / psutil.cpu_count())
     for title, limit in SECONDS.items():
+        killed_and_hung = 2 if title in ("rollout", "learner") else 1
+        assert found["restarts"][title] >= killed_and_hung, title
+        assert worst[title] > 0.0, "each recovery is reported with its time"
+        # On a machine whose cores are shared, what starts a process takes a multiple of the time.
+        slack = max(1.0, psutil.getloadavg()[0] / psutil.cpu_count())
         assert worst[title] < limit * slack, title
+    print(f"longest recoveries: {worst}")
 
 
 def test_a_stopped_or_killed_driver_goes_on_by_the_same_command_in_the_same_mlflow_run(
     undisturbed: dict[str, Any], tmp_path: Path, rounds: int
 ) -> None:
     output = tmp_path / "run"
-    with running(output) as job:
+    tracked = "tracking.uri=null"  # the default: a file beside the run's folder
+    with running(output, tracked) as job:
         await_that(lambda: steps_done(output) >= 2, "step 2")
         began = time.monotonic()
         job.send_signal(signal.SIGTERM)
@@ -74,7 +79,7 @@ def test_a_stopped_or_killed_driver_goes_on_by_the_same_command_in_the_same_mlfl
     last = steps_done(output)
     assert (output / "checkpoints" / f"step-{last:05d}" / "COMMIT.json").exists()
     for number in range(rounds):
-        with running(output, PYTHONUNBUFFERED="1") as job:
+        with running(output, tracked, PYTHONUNBUFFERED="1") as job:
             goal = min(last + 2 + 2 * number, 11)
             await_that(lambda goal=goal: steps_done(output) >= goal, f"step {goal}")
             time.sleep(random.random() * 0.5)
@@ -82,7 +87,7 @@ def test_a_stopped_or_killed_driver_goes_on_by_the_same_command_in_the_same_mlfl
             printed, _ = job.communicate()
             assert f"going on from {output}/checkpoints/step-" in printed
             assert number or f"checkpoints/step-{last:05d};" in printed
-    with running(output) as job:
+    with running(output, tracked) as job:
         assert "going on from" in finish(job)
     found = summary_of(output)
     check_as_undisturbed(found, undisturbed)
@@ -90,32 +95,5 @@ def test_a_stopped_or_killed_driver_goes_on_by_the_same_command_in_the_same_mlfl
     assert [row["step"] for row in rows(output) if "groups/trained" in row] == list(range(1, 13))
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("rlgen")
-    [tracked] = client.search_runs([experiment.experiment_id])
-    assert tracked.info.status == "FINISHED"
-
-
-def test_the_actors_beside_the_driver_may_be_killed(
-    undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    with running(output) as job:
-        for step, role in ((2, "coordinator"), (7, "weights")):
-            await_that(lambda step=step: steps_done(output) >= step, f"step {step}")
-            hurt(role, psutil.Process(job.pid))
-        finish(job)
-    check_as_undisturbed(summary_of(output), undisturbed)
-
-
-def test_a_process_that_hangs_is_found_and_replaced(
-    undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    with running(output, "cluster.heartbeat_timeout_s=4") as job:
-        for step, role in ((2, "rollout"), (7, "learner")):
-            await_that(lambda step=step: steps_done(output) >= step, f"step {step}")
-            hurt(role, psutil.Process(job.pid), signal.SIGSTOP)
-        finish(job)
-    found = summary_of(output)
-    check_as_undisturbed(found, undisturbed)
-    assert found["restarts"]["rollout"] >= 1
-    assert found["restarts"]["learner"] >= 1
+    [recorded] = client.search_runs([experiment.experiment_id])
+    assert recorded.info.status == "FINISHED"

@@ -20,7 +20,14 @@ import psutil
 
 from tests.conftest import TINY_RUN
 
-CHAOS_RUN = [*TINY_RUN, "steps=12", "checkpoint.every_steps=3", "evaluation.every_steps=0"]
+CHAOS_RUN = [
+    *TINY_RUN,
+    "steps=12",
+    "checkpoint.every_steps=3",
+    "evaluation.every_steps=0",
+    "evaluation.cfg_scales=[]",
+    "tracking.uri=none",
+]
 """Long enough to be hurt several times; a step takes a fraction of a second."""
 TITLES = {
     "rollout": "ray::RolloutWorker",

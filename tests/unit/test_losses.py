@@ -1,12 +1,17 @@
 """What counts as a loss, to start again from, and what as a fault, which ends the run."""
 
+import threading
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 
-from rlgen.actors.learner_group import _is_loss, _reasons
+from rlgen.actors import learner_group
+from rlgen.actors.learner_group import LearnerGroup, _is_loss, _reasons
 from rlgen.actors.shell import brief
 from rlgen.errors import CheckpointError, NumericsError, StorageError
 from rlgen.jobs.run_folder import choose_folder, claim_folder
@@ -34,6 +39,37 @@ def test_a_loss_is_told_from_a_fault(
     for world_size, expected in ((1, alone), (2, in_a_group)):
         monkeypatch.setattr(dist, "get_world_size", lambda size=world_size: size)
         assert _is_loss(error) is expected
+
+
+@pytest.mark.parametrize("is_let_go", [False, True])
+def test_an_end_that_was_asked_for_is_no_loss(
+    is_let_go: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    ends = threading.Event()
+
+    class Trainer:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def fit(self) -> None:
+            assert ends.wait(30)
+            raise ConnectionError("Ray is gone")
+
+    def lose(attempt: int, reason: str) -> None:
+        calls.append(reason)
+
+    coordinator = SimpleNamespace(lose_learners=SimpleNamespace(remote=lose))
+    monkeypatch.setattr(learner_group, "TorchTrainer", Trainer)
+    monkeypatch.setattr(learner_group.ray, "get", lambda value: value)
+    group = LearnerGroup(
+        tiny_config(), coordinator=coordinator, weights=None, attempt=0, run_name="x", storage="/x"
+    )
+    if is_let_go:
+        assert not group.join(0.0)
+    ends.set()
+    group._thread.join(30)
+    assert calls == ([] if is_let_go else ["Ray is gone"])
 
 
 def test_a_report_of_ray_becomes_a_line_for_each_rank() -> None:
