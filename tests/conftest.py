@@ -17,10 +17,13 @@ TINY_DIGITS = [
     "digits.policy_steps=60",
 ]
 """An embedded default that is trained in seconds: real components, poor images."""
+TRACKED = "tracking.uri=null"
+"""MLflow where it is by default: in a file beside the run's folder."""
 
 TINY_RUN = [
     *TINY_DIGITS,
     "steps=3",
+    "rollout.num_workers=1",
     "rollout.conditions_per_step=20",
     "rollout.group_size=4",
     "rollout.conditions_per_unit=5",
@@ -31,6 +34,7 @@ TINY_RUN = [
     "checkpoint.every_steps=2",
     "cluster.address=local",
     "cluster.dashboard=false",
+    "tracking.uri=none",
 ]
 
 

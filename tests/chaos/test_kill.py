@@ -20,6 +20,7 @@ from tests.chaos.victims import (
     steps_done,
     summary_of,
 )
+from tests.conftest import TRACKED
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -66,8 +67,7 @@ def test_a_stopped_or_killed_driver_goes_on_by_the_same_command_in_the_same_mlfl
     undisturbed: dict[str, Any], tmp_path: Path, rounds: int
 ) -> None:
     output = tmp_path / "run"
-    tracked = "tracking.uri=null"  # the default: a file beside the run's folder
-    with running(output, tracked) as job:
+    with running(output, TRACKED) as job:
         await_that(lambda: steps_done(output) >= 2, "step 2")
         began = time.monotonic()
         job.send_signal(signal.SIGTERM)
@@ -79,7 +79,7 @@ def test_a_stopped_or_killed_driver_goes_on_by_the_same_command_in_the_same_mlfl
     last = steps_done(output)
     assert (output / "checkpoints" / f"step-{last:05d}" / "COMMIT.json").exists()
     for number in range(rounds):
-        with running(output, tracked, PYTHONUNBUFFERED="1") as job:
+        with running(output, TRACKED, PYTHONUNBUFFERED="1") as job:
             goal = min(last + 2 + 2 * number, 11)
             await_that(lambda goal=goal: steps_done(output) >= goal, f"step {goal}")
             time.sleep(random.random() * 0.5)
@@ -87,7 +87,7 @@ def test_a_stopped_or_killed_driver_goes_on_by_the_same_command_in_the_same_mlfl
             printed, _ = job.communicate()
             assert f"going on from {output}/checkpoints/step-" in printed
             assert number or f"checkpoints/step-{last:05d};" in printed
-    with running(output, tracked) as job:
+    with running(output, TRACKED) as job:
         assert "going on from" in finish(job)
     found = summary_of(output)
     check_as_undisturbed(found, undisturbed)

@@ -26,7 +26,6 @@ CHAOS_RUN = [
     "checkpoint.every_steps=3",
     "evaluation.every_steps=0",
     "evaluation.cfg_scales=[]",
-    "tracking.uri=none",
 ]
 """Long enough to be hurt several times; a step takes a fraction of a second."""
 TITLES = {

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from rlgen.jobs import grpo
-from rlgen.jobs.cli import run_job
-from tests.conftest import TINY_RUN
+from tests.conftest import TINY_RUN, TRACKED
 
 pytestmark = pytest.mark.ray
 
@@ -29,7 +28,7 @@ def metrics_of(output: Path, name: str) -> list[float]:
 def one_worker(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with one rollout worker and one learner rank."""
     output = tmp_path_factory.mktemp("one") / "run"
-    run(output, "rollout.num_workers=1")
+    run(output, TRACKED)
     return output
 
 
@@ -51,18 +50,13 @@ def test_plain_objects_in_one_process_make_the_same_policy(
     assert local["policy_sha256"] == summary_of(one_worker)["policy_sha256"]
 
 
-@pytest.mark.parametrize("family", ["var", "vqgan"])
-def test_the_other_families_run_and_do_not_depend_on_the_workers(
-    cache_folder: Path, tmp_path: Path, family: str
-) -> None:
-    preset = ["--config", f"jobs/digits_{family}.yaml"]
-    scales = [] if family == "vqgan" else [1.5]
-    settings = [*preset, f"evaluation.cfg_scales={scales}"]
+def test_var_does_not_depend_on_the_workers(cache_folder: Path, tmp_path: Path) -> None:
+    settings = ["--config", "jobs/digits_var.yaml"]
     on_ray = run(tmp_path / "ray", *settings, "rollout.num_workers=2")
     local = run(tmp_path / "local", *settings, "runtime=local")
     assert on_ray["policy_sha256"] == local["policy_sha256"]
     assert metrics_of(tmp_path / "ray", "policy/ratio_max_deviation")[0] < 1e-4
-    assert on_ray["before"]["best_cfg_scale"] == (1.5 if family == "var" else 1.0)
+    assert on_ray["before"]["best_cfg_scale"] == 1.5
 
 
 def test_another_seed_makes_another_policy(one_worker: Path, tmp_path: Path) -> None:
@@ -124,7 +118,8 @@ def test_mlflow_holds_params_metrics_grids_and_the_report(one_worker: Path) -> N
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(one_worker: Path, tmp_path: Path) -> None:
     checkpoint = one_worker / "checkpoints" / "step-00002"
-    resumed = run(tmp_path / "resumed", f"checkpoint.resume_from={checkpoint}")
+    words = [f"checkpoint.resume_from={checkpoint}", "runtime=local"]
+    resumed = run(tmp_path / "resumed", *words)
     assert resumed["policy_sha256"] == summary_of(one_worker)["policy_sha256"]
     assert resumed["before"] == summary_of(one_worker)["before"]
     assert resumed["groups"]["trained"] == 60
@@ -135,37 +130,3 @@ def test_a_lag_of_one_is_as_reproducible(cache_folder: Path, tmp_path: Path) -> 
     local = run(tmp_path / "local", "max_policy_lag=1", "runtime=local")
     assert on_ray["policy_sha256"] == local["policy_sha256"]
     assert metrics_of(tmp_path / "ray", "policy/lag_steps") == [0.0, 1.0, 1.0]
-
-
-def test_a_scorer_that_returns_nan_stops_the_run_with_its_name(
-    cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-
-    from rlgen.config import load_config
-    from rlgen.digits.assets import ensure_assets
-    from rlgen.rewards.open_clip_model import (
-        load_open_clip,
-        read_open_clip_config,
-        save_open_clip,
-    )
-
-    assets = ensure_assets(load_config(None, TINY_RUN).digits, lambda *_: None)
-    source = str(assets.folder / "clip")
-    model, _, _ = load_open_clip(source)
-    model.visual.proj.data.fill_(torch.nan)
-    save_open_clip(str(tmp_path / "clip"), model, read_open_clip_config(source)["model_cfg"])
-    status = run_job(
-        lambda: grpo.main(
-            [
-                *("--output", str(tmp_path / "run")),
-                *TINY_RUN,
-                f"reward.scorers.clip.checkpoint={tmp_path / 'clip'}",
-            ]
-        )
-    )
-    message = capsys.readouterr().err
-    assert status == 2
-    assert "'clip'" in message and "nan" in message
-    assert "Traceback" not in message
-    assert not (tmp_path / "run" / "summary.json").exists()

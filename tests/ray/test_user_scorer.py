@@ -71,7 +71,7 @@ def test_a_scorer_that_only_fails_in_its_actor_is_told_without_a_traceback(
         "    def __call__(self, images_01, prompts, class_ids_B): ...\n"
     )
     far = "reward.scorers.far={type: python, target: 'far_rewards:Far', try_first: false}"
-    done = start(tmp_path, far, "tracking.uri=none")
+    done = start(tmp_path, far)
     told = " ".join(done.stderr.split())
     assert done.returncode == 2, told
     assert "far_rewards:Far" in told and "no licence on this machine" in told
@@ -83,7 +83,7 @@ def test_a_scorer_that_only_fails_in_its_actor_is_told_without_a_traceback(
 def undisturbed(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The summary of a run whose scorer never goes wrong."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = start(folder, "runtime=local", "tracking.uri=none")
+    done = start(folder, "runtime=local")
     assert done.returncode == 0, done.stderr
     return summary_of(folder)
 
@@ -102,9 +102,8 @@ MESSAGES = {
 def test_a_scorer_that_goes_wrong_stops_the_run_at_a_checkpoint_it_goes_on_from(
     undisturbed: dict[str, Any], tmp_path: Path, runtime: str, how: str
 ) -> None:
-    settings = [f"runtime={runtime}", "tracking.uri=none"]
     (tmp_path / "broken").write_text(how)
-    stopped = start(tmp_path, *settings)
+    stopped = start(tmp_path, f"runtime={runtime}")
     assert stopped.returncode == 2, stopped.stderr
     assert re.search(MESSAGES[how], stopped.stderr), stopped.stderr
     assert "Traceback" not in stopped.stderr
@@ -116,21 +115,19 @@ def test_a_scorer_that_goes_wrong_stops_the_run_at_a_checkpoint_it_goes_on_from(
     assert committed == [checkpoint.with_name("step-00000"), checkpoint]
 
     (tmp_path / "broken").unlink()  # it is corrected
-    go_on = ["runtime=local", "tracking.uri=none", f"checkpoint.resume_from={checkpoint}"]
-    resumed = start(tmp_path, *go_on)
+    resumed = start(tmp_path, "runtime=local", f"checkpoint.resume_from={checkpoint}")
     assert resumed.returncode == 0, resumed.stderr
     summary = summary_of(tmp_path)
     assert summary["policy_sha256"] == undisturbed["policy_sha256"]
     assert summary["after"]["rewards"].keys() == {"clip", "preference", "mine"}
 
 
-@pytest.mark.ray
 def test_the_shipped_example_runs_and_is_trained_on(
     cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)  # its target counts from there
     preset = ["--config", "jobs/digits_ink.yaml", "--output", str(tmp_path / "run")]
-    assert grpo.main([*preset, *SETTINGS, "tracking.uri=none"]) == 0
+    assert grpo.main([*preset, *SETTINGS, "runtime=local"]) == 0
     rows = [json.loads(r) for r in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     ink = [row["reward/ink"] for row in rows if "reward/ink" in row]
     assert len(ink) >= 2 and all(-0.4 < value < 0.0 for value in ink)

@@ -14,12 +14,12 @@ import fsspec
 import pytest
 
 from rlgen.config import load_config
+from rlgen.config.identity import resume_key
 from rlgen.digits.assets import ensure_assets, resolve_embedded
 from rlgen.jobs import grpo
 from rlgen.jobs.cli import run_job
 from rlgen.learner.checkpoint import MARKER, newest_checkpoint, read_meta
 from rlgen.learner.ownership import OWNER, RootClaim
-from rlgen.learner.preflight import resume_key
 from tests.conftest import TINY_RUN
 from tests.storage.conftest import S3
 
@@ -31,7 +31,6 @@ SETTINGS = [
     "evaluation.every_steps=0",
     "evaluation.cfg_scales=[]",
 ]
-UNTRACKED = "tracking.uri=none"
 
 
 def run(output: Path, *settings: str) -> int:
@@ -62,7 +61,7 @@ def last(output: Path, name: str) -> float:
 def undisturbed(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Digest of the policy that the same run makes on a local disk."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert run(output, UNTRACKED) == 0
+    assert run(output) == 0
     return digest(output)
 
 
@@ -97,7 +96,7 @@ def test_a_server_that_is_away_for_a_while_costs_checkpoints_and_nothing_else(
         s3.line.mend()
 
     with watching(output, {2: s3.line.cut, 5: mend_after_a_failure}):
-        status = run(output, UNTRACKED, f"checkpoint.uri={root}", "checkpoint.retries=0")
+        status = run(output, f"checkpoint.uri={root}", "checkpoint.retries=0")
     assert status == 0
     assert digest(output) == undisturbed
     assert last(output, "checkpoint/failed") >= 1
@@ -117,7 +116,7 @@ def test_a_run_whose_last_checkpoint_can_not_be_written_says_so(
 ) -> None:
     output, root = tmp_path / "run", f"{s3.url}/run"
     with watching(output, {5: s3.line.cut}):
-        status = run(output, UNTRACKED, f"checkpoint.uri={root}", "checkpoint.retries=0")
+        status = run(output, f"checkpoint.uri={root}", "checkpoint.retries=0")
     message = " ".join(capsys.readouterr().err.split())
     assert status == 2
     assert steps_done(output) == 8, "the training went on"
@@ -125,20 +124,23 @@ def test_a_run_whose_last_checkpoint_can_not_be_written_says_so(
     assert "the same command goes on from" in message
     # The same command, once the server is back, ends as if nothing had happened.
     s3.line.mend()
-    assert run(output, UNTRACKED, f"checkpoint.uri={root}", "checkpoint.retries=0") == 0
+    assert run(output, f"checkpoint.uri={root}", "checkpoint.retries=0") == 0
     assert digest(output) == undisturbed
 
 
 def test_a_full_disk_leaves_no_partial_checkpoint_and_training_goes_on(
-    cache_folder: Path, tmp_path: Path
+    undisturbed: str, tmp_path: Path
 ) -> None:
-    """The process may write no more than 1 MB to a file: the optimiser's state does not fit."""
+    """The process may write no more than 1 MB to a file: the optimiser's state does not fit.
+
+    The embedded default is in the cache by then; its files would not fit either.
+    """
     output = tmp_path / "run"
     code = (
-        "import resource, sys\nfrom tests.storage.test_runs import UNTRACKED, run\n"
+        "import resource, sys\nfrom tests.storage.test_runs import run\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
         "from pathlib import Path\n"
-        f"sys.exit(run(Path({str(output)!r}), UNTRACKED, 'checkpoint.retries=0', 'steps=3'))"
+        f"sys.exit(run(Path({str(output)!r}), 'checkpoint.retries=0', 'steps=3'))"
     )
     job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert job.returncode == 2
@@ -155,7 +157,7 @@ def test_a_second_run_under_one_root_stops_before_it_starts_anything(
 ) -> None:
     root = str(tmp_path / "shared")
     with RootClaim(root):
-        assert run(tmp_path / "second", UNTRACKED, f"checkpoint.uri={root}") == 2
+        assert run(tmp_path / "second", f"checkpoint.uri={root}") == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "belongs to a run that is alive" in message and "another checkpoint.uri" in message
     assert not (tmp_path / "second").exists()
@@ -174,7 +176,7 @@ def test_a_run_that_was_taken_for_dead_stops_and_does_not_commit(
 
     taken: list[int] = []
     with watching(output, {3: take_over}):
-        assert run(output, UNTRACKED, f"checkpoint.uri={root}", "checkpoint.every_steps=4") == 2
+        assert run(output, f"checkpoint.uri={root}", "checkpoint.every_steps=4") == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "names another run now" in message and "elsewhere" in message
     committed = {path.parent.name for path in root.glob(f"*/{MARKER}")}
@@ -187,8 +189,8 @@ def test_another_run_under_the_same_root_is_refused(
     cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = f"checkpoint.uri={tmp_path / 'root'}"
-    assert run(tmp_path / "first", UNTRACKED, root, "steps=1") == 0
-    assert run(tmp_path / "second", UNTRACKED, root, "steps=1", "seed=1") == 2
+    assert run(tmp_path / "first", root, "steps=1") == 0
+    assert run(tmp_path / "second", root, "steps=1", "seed=1") == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "holds the checkpoints of another run" in message
     assert (tmp_path / "root" / "step-00001" / MARKER).exists()

@@ -248,7 +248,6 @@ def test_reduced_form_of_the_command(tmp_path, cache_folder, capsys):
         *("digits.tokenizer_steps=40", "digits.feature_steps=30", "digits.policy_steps=30"),
         *("digits.augmentations=1", "digits.policy_layers=1", "digits.preference_steps=5"),
         *("steps=2", "evaluation.cfg_scales=[]"),
-        "tracking.uri=none",
     ]
     assert ablation.main(arguments, launch=launch_here) == 0
     content = json.loads((output / "ablation.json").read_text())

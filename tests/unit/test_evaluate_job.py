@@ -179,7 +179,7 @@ def test_everything_is_measured_at_every_scale(whole: Path) -> None:
 
 
 def test_the_numbers_are_those_of_a_runs_own_evaluation(cache_folder: Path, tmp_path: Path) -> None:
-    settings = [*TINY_RUN, "runtime=local", "steps=1", "tracking.uri=none"]
+    settings = [*TINY_RUN, "runtime=local", "steps=1"]
     assert grpo.main(["--output", str(tmp_path / "run"), *settings]) == 0
     after = json.loads((tmp_path / "run" / "summary.json").read_text())["after"]
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00001"

@@ -11,14 +11,12 @@ from rlgen.jobs import grpo, rescore
 from rlgen.learner.replay import load_step
 from tests.conftest import TINY_RUN
 
-pytestmark = pytest.mark.ray
-
 
 @pytest.fixture(scope="module")
 def run(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on Ray that stored every step."""
+    """A finished run that stored every step."""
     output = tmp_path_factory.mktemp("replay") / "run"
-    settings = ["replay.every=1", "tracking.uri=none"]
+    settings = ["replay.every=1", "runtime=local"]
     assert grpo.main(["--output", str(output), *TINY_RUN, *settings]) == 0
     return output
 
