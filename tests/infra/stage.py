@@ -60,6 +60,7 @@ INK = (
 )
 LONG_RUN = [
     *TINY_RUN,
+    "rollout.num_workers=2",
     "steps=100000",
     "evaluation.every_steps=0",
     "evaluation.cfg_scales=[]",
