@@ -23,7 +23,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def config(cache_folder: Path) -> RunConfig:
-    config = load_config(None, [*TINY_RUN, "rollout.conditions_per_step=200"])
+    settings = ["rollout.conditions_per_step=200", "cluster.dashboard=true"]  # it knows the actors
+    config = load_config(None, [*TINY_RUN, *settings])
     return resolve_embedded(config, ensure_assets(config.digits, lambda *_: None))
 
 
