@@ -46,9 +46,9 @@ def pack_weights(
         out = np.zeros(offset, dtype=np.uint8)
     buffer = torch.from_numpy(out)
     for spec in specs:
-        source = state[spec.name].detach().contiguous()
+        source = state[spec.name].detach().contiguous().flatten()
         end = spec.offset + spec.num_bytes
-        buffer[spec.offset : end].view(source.dtype).copy_(source.flatten())
+        _copy(buffer[spec.offset : end], source.view(torch.uint8))
         buffer[end : -(-end // _ALIGNMENT) * _ALIGNMENT] = 0
     return WeightManifest(version, flat_digest([buffer]), offset, tuple(specs)), out
 
@@ -86,8 +86,12 @@ def unpack_weights(
         )
     with torch.no_grad():
         for spec in manifest.tensors:
-            values = _bytes_of(chunks, spec).view(getattr(torch, spec.dtype))
-            own[spec.name].copy_(values.view(spec.shape))
+            target, values = own[spec.name], _bytes_of(chunks, spec)
+            dtype = getattr(torch, spec.dtype)
+            if target.dtype == dtype and target.is_contiguous():
+                _copy(target.flatten().view(torch.uint8), values)
+            else:
+                target.copy_(values.view(dtype).view(spec.shape))
 
 
 def split_chunks(buffer: Tensor, chunk_bytes: int) -> list[Tensor]:
@@ -137,6 +141,14 @@ def _sums_on_host(block: Tensor) -> list[Tensor]:
     """The same, twice as fast: numpy adds integers with wider instructions."""
     words = block.numpy().view(np.int64).reshape(_SIDE, _SIDE)
     return [torch.from_numpy(words.sum(0)), torch.from_numpy(words.sum(1))]
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Copy bytes; between host memories numpy is twice as fast as torch."""
+    if target.device.type == source.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source)
 
 
 def _bytes_of(chunks: Sequence[Tensor], spec: TensorSpec) -> Tensor:
