@@ -33,7 +33,7 @@ def test_every_process_may_be_killed_or_hang_at_any_moment(
     cache_folder: Path, tmp_path: Path, rounds: int
 ) -> None:
     expected, output = tmp_path / "undisturbed" / "run", tmp_path / "run"
-    last = 24 * rounds
+    last = 40 * rounds
     with running(expected, "runtime=local", f"steps={last}") as job:
         finish(job)
     with running(output, f"steps={last}", "cluster.heartbeat_timeout_s=5") as job:
@@ -41,8 +41,9 @@ def test_every_process_may_be_killed_or_hang_at_any_moment(
             blows = [(role, signal.SIGKILL) for role in VICTIMS]
             blows += [(role, signal.SIGSTOP) for role in ("rollout", "learner")]
             for role, kind in random.sample(blows, len(blows)):
-                done = steps_done(output)
-                await_that(lambda done=done: steps_done(output) > min(done, last - 2), "step")
+                # Two steps: no role's loss stays unnoticed through the second.
+                goal = min(steps_done(output) + 2, last - 2)
+                await_that(lambda goal=goal: steps_done(output) >= goal, f"step {goal}")
                 time.sleep(random.random() * 0.3)
                 hurt(role, psutil.Process(job.pid), kind)
         finish(job)
@@ -54,8 +55,8 @@ def test_every_process_may_be_killed_or_hang_at_any_moment(
         for title in SECONDS:
             worst[title] = max(worst[title], row.get(f"recovery/{title}_s", 0.0))
     for title, limit in SECONDS.items():
-        # A process that hung may have gone with a coordinator that was killed after it.
-        assert found["restarts"][title] >= 1, title
+        killed_and_hung = 2 if title in ("rollout", "learner") else 1
+        assert found["restarts"][title] >= rounds * killed_and_hung, title
         assert worst[title] > 0.0, "each recovery is reported with its time"
         # On a machine whose cores are shared, what starts a process takes a multiple of the time.
         slack = max(1.0, psutil.getloadavg()[0] / psutil.cpu_count())
