@@ -33,7 +33,6 @@ TINY_RUN = [
     "reward.loo_fid.bootstrap_images=200",
     "checkpoint.every_steps=2",
     "cluster.address=local",
-    "cluster.dashboard=false",
     "tracking.uri=none",
 ]
 

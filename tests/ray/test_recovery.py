@@ -23,8 +23,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def config(cache_folder: Path) -> RunConfig:
-    settings = ["rollout.conditions_per_step=200", "cluster.dashboard=true"]  # it knows the actors
-    config = load_config(None, [*TINY_RUN, *settings])
+    config = load_config(None, [*TINY_RUN, "rollout.conditions_per_step=200"])
     return resolve_embedded(config, ensure_assets(config.digits, lambda *_: None))
 
 
