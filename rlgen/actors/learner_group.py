@@ -5,6 +5,7 @@ store: the payload first, the version last. Ranks talk to each other through tor
 alone (gloo on CPUs, NCCL on GPUs).
 """
 
+import logging
 import threading
 from contextlib import suppress
 from typing import Any
@@ -28,6 +29,8 @@ from rlgen.learner.learner import Learner
 from rlgen.learner.state_io import LearnerSaver, SaveOutcome, restore_learner
 from rlgen.nn.weights import state_sha256
 from rlgen.policies.load import load_policy
+
+_log = logging.getLogger(__name__)
 
 
 def learner_loop(settings: dict[str, Any]) -> None:
@@ -161,6 +164,7 @@ class LearnerGroup:
             self._trainer.fit()
         except Exception as error:
             if self._may_end:  # the driver may have left Ray, and a call would start another
+                _log.info("learners that were let go: %s", _reasons(error))
                 return
             # The first error counts: a rank that failed by its own fault has reported it.
             with suppress(RayError):

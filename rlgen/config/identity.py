@@ -46,7 +46,7 @@ def differences(dumped: bytes, config: RunConfig) -> str:
         if theirs.get(key) != value and EMBEDDED not in (theirs.get(key), value)
     ]
     more = f" and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
-    return scrubbed(", ".join(told[:_MOST_TOLD]) + more) or "files that are elsewhere"
+    return scrubbed(", ".join(told[:_MOST_TOLD]) + more) or "none that its config.yaml shows"
 
 
 def _deciding(config: RunConfig) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class ClusterConfig(Section):
     namespace: str = "rlgen"
     """Ray namespace of the named actors."""
     dashboard: bool = True
-    """Whether a Ray that the run starts has its dashboard, which takes a dozen processes."""
+    """Whether a Ray that the run starts has its dashboard, which takes eleven processes."""
     placement_timeout_s: Positive = 20.0
     """How long a run waits for free resources before it stops and says what is missing; where
     nodes are added on demand, give them the time to come."""

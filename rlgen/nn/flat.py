@@ -144,7 +144,7 @@ def _sums_on_host(block: Tensor) -> list[Tensor]:
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy bytes; between host memories numpy is twice as fast as torch."""
+    """Copy bytes; between host memories numpy is faster than torch."""
     if target.device.type == source.device.type == "cpu":
         np.copyto(target.numpy(), source.numpy())
     else:

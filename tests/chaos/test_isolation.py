@@ -70,5 +70,5 @@ def test_two_runs_share_a_cluster_and_leave_nothing(
         finish(first)
     check_as_undisturbed(summary_of(one), undisturbed)
     with suppress(AssertionError):
-        await_that(lambda: not leftovers(), "clean cluster", deadline_s=180)
+        await_that(lambda: not leftovers(), "clean cluster", deadline_s=60)
     assert leftovers() == []

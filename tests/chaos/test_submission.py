@@ -12,7 +12,7 @@ import pytest
 from tests.chaos.victims import CHAOS_RUN, await_that, rows, steps_done, summary_of
 from tests.heads import RAY, Head, ray_head
 
-NUM_STEPS = 40
+NUM_STEPS = 60
 """Still going when the slow command line of Ray asks."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -66,6 +66,7 @@ def test_a_job_is_stopped_and_the_same_submission_goes_on(
     first = ray_job(head, "submit", "--submission-id", "first", "--no-wait", *words)
     assert first.returncode == 0, first.stderr
     await_that(lambda: steps_done(output) >= 3, "step 3")
+    assert "RUNNING" in ray_job(head, "status", "first").stdout
     assert ray_job(head, "stop", "first").returncode == 0
     assert "was stopped" in ray_job(head, "status", "first").stdout
     last = steps_done(output)

@@ -31,7 +31,7 @@ SCRAPE_FACTOR = 15.0
 """Scrapes and evaluations come every second instead of every 15."""
 RULES_FACTOR = 360.0
 """An hour of the rules takes 10 seconds."""
-_START_S = 300.0
+_START_S = 90.0
 
 
 def await_that(find: Callable[[], Any], what: str, *, deadline_s: float = _START_S) -> Any:

@@ -125,7 +125,7 @@ def test_storage_tracking_and_a_worker_are_away_and_come_back(stage: Stage) -> N
     stage.line.cut()
     os.killpg(stage.mlflow.pid, signal.SIGSTOP)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 90
         while not names <= stage.fired() and time.monotonic() < deadline:
             if not {"RlgenWorkersMissing", "RlgenWorkersRestart"} <= stage.fired():
                 for worker in stage.victims("rollout")[1:]:  # whoever comes in its place, too
@@ -153,7 +153,7 @@ def test_processes_die(stage: Stage) -> None:
 def test_the_run_slows_down_and_stands_still(stage: Stage) -> None:
     stage.await_steps(5)
     workers = stage.victims("rollout")
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 60
     while "RlgenStepsSlow" not in stage.fired() and time.monotonic() < deadline:
         for kind, seconds in ((signal.SIGSTOP, 0.6), (signal.SIGCONT, 0.05)):
             for worker in workers:

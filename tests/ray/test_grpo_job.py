@@ -50,13 +50,18 @@ def test_plain_objects_in_one_process_make_the_same_policy(
     assert local["policy_sha256"] == summary_of(one_worker)["policy_sha256"]
 
 
-def test_var_does_not_depend_on_the_workers(cache_folder: Path, tmp_path: Path) -> None:
-    settings = ["--config", "jobs/digits_var.yaml"]
+@pytest.mark.parametrize("family", ["var", "vqgan"])
+def test_the_other_families_run_and_do_not_depend_on_the_workers(
+    cache_folder: Path, tmp_path: Path, family: str
+) -> None:
+    preset = ["--config", f"jobs/digits_{family}.yaml"]
+    scales = [] if family == "vqgan" else [1.5]
+    settings = [*preset, f"evaluation.cfg_scales={scales}"]
     on_ray = run(tmp_path / "ray", *settings, "rollout.num_workers=2")
     local = run(tmp_path / "local", *settings, "runtime=local")
     assert on_ray["policy_sha256"] == local["policy_sha256"]
     assert metrics_of(tmp_path / "ray", "policy/ratio_max_deviation")[0] < 1e-4
-    assert on_ray["before"]["best_cfg_scale"] == 1.5
+    assert on_ray["before"]["best_cfg_scale"] == (1.5 if family == "var" else 1.0)
 
 
 def test_another_seed_makes_another_policy(one_worker: Path, tmp_path: Path) -> None:

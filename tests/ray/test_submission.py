@@ -1,4 +1,4 @@
-"""`ray job submit` to a cluster without tokens: run and watch, also in a browser."""
+"""`ray job submit` to a cluster without tokens: run, watch (also in a browser), stop."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.browser.chromium import needs_chromium, opened, picture
-from tests.chaos.victims import CHAOS_RUN, await_that, steps_done
+from tests.chaos.victims import CHAOS_RUN, await_that, steps_done, summary_of
 from tests.heads import RAY, Head, ray_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 MANY_STEPS = 5000
-"""The job is there as long as somebody watches."""
+"""The job is stopped long before."""
 LEFT_OUT = ("steps=", "cluster.address")
 """The job finds its own cluster."""
 
@@ -85,3 +85,14 @@ def test_the_job_page_shows_state_and_log_of_the_run(job: Job, tmp_path: Path) -
             page.get_by_text(shown, exact=True).first.wait_for()
         page.get_by_text(f"step 10/{MANY_STEPS}").first.wait_for()
         page.screenshot(path=picture("ray_job", tmp_path))
+
+
+def test_the_job_is_stopped_with_its_state_saved(job: Job) -> None:
+    assert ray_job(job.head, "stop", job.name).returncode == 0
+    assert "was stopped" in ray_job(job.head, "status", job.name).stdout
+    assert "The same command goes on from there" in ray_job(job.head, "logs", job.name).stdout
+    last = steps_done(job.output)
+    assert 10 <= last < MANY_STEPS
+    assert (job.output / "checkpoints" / f"step-{last:05d}" / "COMMIT.json").exists()
+    with pytest.raises(FileNotFoundError):
+        summary_of(job.output)
