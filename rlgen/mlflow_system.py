@@ -6,11 +6,13 @@ known here.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 _LAST_SAMPLE_S = 2.0
+_LEAST_S = 0.1  # the kernel counts CPU time in hundredths: over less, its use reads 0 or 100
 
 
 class SystemSampler:
@@ -36,8 +38,11 @@ class SystemSampler:
 
     def _work(self) -> None:
         self._sample()  # CPU use is measured since this thread's call before
+        began = time.monotonic()
         while not self._ending.wait(self._interval_s):
             self._take(self._sample())
+            began = time.monotonic()
+        time.sleep(max(0.0, began + _LEAST_S - time.monotonic()))
         self._take(self._sample())  # short runs have one too
 
     def _sample(self) -> dict[str, float]:
