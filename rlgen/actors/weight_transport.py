@@ -28,6 +28,10 @@ from rlgen.types import WeightManifest
 
 _log = logging.getLogger(__name__)
 
+_AS_MADE = (0, "")
+"""What a worker holds that has loaded nothing."""
+_NOTHING = (-1, "")
+
 
 def collective_backend(config: RunConfig) -> Backend:
     """NCCL wants a GPU of its own for every member."""
@@ -139,7 +143,7 @@ class Receiver:
         self._store = store
         self._config = config
         self._wait_s = wait_s
-        self._held: tuple[int, str] | None = None
+        self._held = _AS_MADE
         self._listener: BroadcastListener | None = None
         if config.transport == "collective":
             self._listener = BroadcastListener(
@@ -157,14 +161,15 @@ class Receiver:
             where it came from: "held", "collective" or "object_store".
         Raises:
             WeightTransferError: it is not published in time, is no longer kept, or arrived with
-                another digest.
+                another digest; then no version is held.
         """
-        if version == 0 and self._held is None:
-            return "held"  # what the worker was made with
+        if version == 0 and self._held == _AS_MADE:
+            return "held"
         # The digest, as a learner that starts again publishes a version again with other bytes.
         digest = self._await(self._store.digest, version)
         if (version, digest) == self._held:
             return "held"
+        self._held = _NOTHING  # of a load that fails, a part may be there
         if self._listener is not None and self._listener.take(version, digest, load):
             source = "collective"
         else:

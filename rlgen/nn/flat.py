@@ -6,7 +6,8 @@ or in chunks, in host memory or on a GPU.
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def pack_weights(
     for spec in specs:
         source = state[spec.name].detach().contiguous().flatten()
         end = spec.offset + spec.num_bytes
-        _copy(buffer[spec.offset : end], source.view(torch.uint8))
+        _copy_bytes(buffer[spec.offset : end], source.view(torch.uint8))
         buffer[end : -(-end // _ALIGNMENT) * _ALIGNMENT] = 0
     return WeightManifest(version, flat_digest([buffer]), offset, tuple(specs)), out
 
@@ -58,7 +59,10 @@ def unpack_weights(
     buffer: np.ndarray | Tensor | Sequence[np.ndarray | Tensor],
     module: nn.Module,
 ) -> None:
-    """Copy a flat buffer into a module's own tensors, after checking the digest.
+    """Copy a flat buffer into a module's own tensors, and check the digest on the way.
+
+    Each block is copied while the processor still has it from its part of the digest: so both
+    take little longer than a copy.
 
     Args:
         manifest: what pack_weights returned.
@@ -66,16 +70,11 @@ def unpack_weights(
             to or kept.
         module: receives the values in place.
     Raises:
-        WeightTransferError: digest, names or shapes differ; nothing was copied.
+        WeightTransferError: length, names or shapes differ, and nothing was copied; or the
+            digest differs, and the module must not be used before it has other weights.
     """
     pieces = [buffer] if isinstance(buffer, np.ndarray | Tensor) else buffer
     chunks = [_as_tensor(piece) for piece in pieces]
-    digest = flat_digest(chunks)
-    if digest != manifest.digest:
-        raise WeightTransferError(
-            f"weights version {manifest.version} arrived with digest {digest[:16]}..., published "
-            f"was {manifest.digest[:16]}...; the transfer damaged them, publish again."
-        )
     own = module.state_dict()
     theirs = {spec.name: spec.shape for spec in manifest.tensors}
     if theirs != {name: tuple(tensor.shape) for name, tensor in own.items()}:
@@ -84,14 +83,44 @@ def unpack_weights(
             f"weights version {manifest.version} have other tensors than the sampler's model, "
             f"first {different[:3]}; learner and rollout workers must load the same checkpoint."
         )
+    num_bytes = sum(len(chunk) for chunk in chunks)
+    if num_bytes != manifest.num_bytes:
+        raise WeightTransferError(
+            f"weights version {manifest.version} arrived with {num_bytes} bytes, published were "
+            f"{manifest.num_bytes}; the transfer cut them, publish again."
+        )
+    tensors = _Tensors(manifest.tensors, own)
     with torch.no_grad():
-        for spec in manifest.tensors:
-            target, values = own[spec.name], _bytes_of(chunks, spec)
-            dtype = getattr(torch, spec.dtype)
-            if target.dtype == dtype and target.is_contiguous():
-                _copy(target.flatten().view(torch.uint8), values)
-            else:
-                target.copy_(values.view(dtype).view(spec.shape))
+        digest = flat_digest(chunks, tensors.take)
+    if digest != manifest.digest:
+        raise WeightTransferError(
+            f"weights version {manifest.version} arrived with digest {digest[:16]}..., published "
+            f"was {manifest.digest[:16]}...; the transfer damaged them, publish again."
+        )
+
+
+class _Tensors:
+    """Takes a buffer's blocks, in their order, and copies each into the tensors it belongs to."""
+
+    def __init__(self, specs: Sequence[TensorSpec], own: Mapping[str, Tensor]) -> None:
+        self._specs = deque(specs)
+        self._own = own
+
+    def take(self, start: int, block: Tensor) -> None:
+        """Copy the bytes from place `start` on."""
+        end = start + len(block)
+        while self._specs:
+            spec = self._specs[0]
+            tensor_end = spec.offset + spec.num_bytes
+            first, last = max(spec.offset, start), min(tensor_end, end)
+            if first < last:
+                # Blocks and tensors start aligned, so no number lies across a border.
+                values = block[first - start : last - start].view(getattr(torch, spec.dtype))
+                place = (first - spec.offset) // values.element_size()
+                _copy_numbers(self._own[spec.name], place, values)
+            if tensor_end > end:
+                return
+            self._specs.popleft()
 
 
 def split_chunks(buffer: Tensor, chunk_bytes: int) -> list[Tensor]:
@@ -108,7 +137,7 @@ def split_chunks(buffer: Tensor, chunk_bytes: int) -> list[Tensor]:
     return list(buffer.split(chunk_bytes))
 
 
-def flat_digest(chunks: Sequence[Tensor]) -> str:
+def flat_digest(chunks: Sequence[Tensor], then: Callable[[int, Tensor], None] | None = None) -> str:
     """Digest of bytes in transit; about as fast as memory, where sha256 alone is ten times slower.
 
     The bytes are laid out in squares of 512 x 512 64-bit words, the last filled up with zeros.
@@ -118,16 +147,23 @@ def flat_digest(chunks: Sequence[Tensor]) -> str:
 
     Args:
         chunks: uint8, on any device; all but the last a multiple of BLOCK_BYTES long.
+        then: called with each block and the place where it starts, in their order, straight
+            after its sums.
     Returns:
         64 hexadecimal digits, the same however the bytes are cut and on every device.
     """
     digest = hashlib.sha256(sum(len(chunk) for chunk in chunks).to_bytes(8, "little"))
+    start = 0
     for chunk in chunks:
         sums: list[Tensor] = []
         for block in chunk.split(BLOCK_BYTES):
+            square = block
             if len(block) < BLOCK_BYTES:
-                block = torch.cat([block, block.new_zeros(BLOCK_BYTES - len(block))])
-            sums += _sums_on_host(block) if block.device.type == "cpu" else _sums(block)
+                square = torch.cat([block, block.new_zeros(BLOCK_BYTES - len(block))])
+            sums += _sums_on_host(square) if block.device.type == "cpu" else _sums(square)
+            if then is not None:
+                then(start, block)
+            start += len(block)
         digest.update(torch.cat(sums).cpu().numpy().data)
     return digest.hexdigest()
 
@@ -143,26 +179,25 @@ def _sums_on_host(block: Tensor) -> list[Tensor]:
     return [torch.from_numpy(words.sum(0)), torch.from_numpy(words.sum(1))]
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy bytes; between host memories numpy is faster than torch."""
+def _copy_numbers(target: Tensor, place: int, values: Tensor) -> None:
+    """Copy into a tensor from its number `place` on."""
+    if not target.is_contiguous():
+        places = torch.arange(place, place + len(values), device=target.device)
+        target.put_(places, values.to(target))
+        return
+    part = target.view(-1)[place : place + len(values)]
+    if part.dtype == values.dtype:
+        _copy_bytes(part.view(torch.uint8), values.view(torch.uint8))
+    else:
+        part.copy_(values)
+
+
+def _copy_bytes(target: Tensor, source: Tensor) -> None:
+    """Between host memories numpy is faster than torch."""
     if target.device.type == source.device.type == "cpu":
         np.copyto(target.numpy(), source.numpy())
     else:
         target.copy_(source)
-
-
-def _bytes_of(chunks: Sequence[Tensor], spec: TensorSpec) -> Tensor:
-    """One tensor's bytes; a copy if they lie in several chunks."""
-    pieces: list[Tensor] = []
-    start = 0
-    for chunk in chunks:
-        first, last = spec.offset - start, spec.offset + spec.num_bytes - start
-        if first < len(chunk) and last > 0:
-            pieces.append(chunk[max(first, 0) : last])
-        start += len(chunk)
-    if not pieces:
-        return chunks[0][:0]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _as_tensor(piece: np.ndarray | Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Sampler:
         self.policy = policy.requires_grad_(False)
         cast_parameters(policy, dtype, keep=policy.float32_parts)
         self.device = device
-        self.policy_version = 0
+        self.policy_version: int | None = 0
 
     def update_weights(
         self, manifest: WeightManifest, buffer: np.ndarray | Sequence[np.ndarray | torch.Tensor]
@@ -37,8 +37,10 @@ class Sampler:
         """Copy published weights in, whole or in chunks; the version changes last.
 
         Raises:
-            WeightTransferError: what arrived is not what was published.
+            WeightTransferError: what arrived is not what was published; nothing is sampled
+                before other weights arrive.
         """
+        self.policy_version = None
         unpack_weights(manifest, buffer, self.policy)
         self.policy_version = manifest.version
 

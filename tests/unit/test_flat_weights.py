@@ -1,4 +1,4 @@
-"""Weights as one buffer: what arrives is what was sent, or nothing changes."""
+"""Weights as one buffer: what arrives is what was sent, or it is not used."""
 
 import pickle
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlgen.errors import WeightTransferError
+from rlgen.errors import RolloutError, WeightTransferError
 from rlgen.nn.flat import (
     BLOCK_BYTES,
     _sums,
@@ -19,7 +19,8 @@ from rlgen.nn.flat import (
     unpack_weights,
 )
 from rlgen.nn.weights import state_sha256
-from tests.tiny import tiny_policy
+from rlgen.sampling.units import training_units
+from tests.tiny import sampler_of, tiny_config, tiny_policy
 
 
 class Mixed(nn.Module):
@@ -102,22 +103,40 @@ def test_shared_read_only_memory_is_neither_written_nor_kept() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 33, -1])
-def test_one_damaged_byte_is_noticed_and_nothing_is_copied(place) -> None:
+def test_one_damaged_byte_is_noticed(place) -> None:
     manifest, buffer = pack_weights(Mixed(1).state_dict(), version=5)
     buffer[place] ^= 1
-    theirs = Mixed(2)
-    before = digest(theirs)
     with pytest.raises(WeightTransferError, match=r"version 5 arrived with digest.*publish again"):
-        unpack_weights(manifest, buffer, theirs)
-    assert digest(theirs) == before
+        unpack_weights(manifest, buffer, Mixed(2))
 
 
-def test_a_buffer_cut_short_is_noticed() -> None:
+def test_a_sampler_with_damaged_weights_samples_no_version_until_others_arrive() -> None:
+    ours, theirs = tiny_policy(seed=1), tiny_policy(seed=2)
+    sampler = sampler_of(theirs, version=4)
+    manifest, buffer = pack_weights(ours.state_dict(), version=5)
+    damaged = buffer.copy()
+    damaged[-1] ^= 1
+    with pytest.raises(WeightTransferError, match="arrived with digest"):
+        sampler.update_weights(manifest, damaged)
+    (before, *_), (unit, *_) = (
+        training_units(tiny_config(), 0, policy_version=version) for version in (4, 5)
+    )
+    for asked in (before, unit):
+        with pytest.raises(RolloutError, match="holds None; fetch the weights"):
+            sampler.sample(asked)
+    sampler.update_weights(manifest, buffer)
+    assert digest(sampler.policy) == digest(ours)
+    assert sampler.sample(unit).policy_version == 5
+
+
+@pytest.mark.parametrize("num_bytes", [-16, 16])
+def test_a_buffer_of_another_length_is_refused_before_anything_is_copied(num_bytes) -> None:
     manifest, buffer = pack_weights(Mixed(1).state_dict(), version=0)
+    other = np.concatenate([buffer, np.zeros(16, np.uint8)])[: len(buffer) + num_bytes]
     theirs = Mixed(2)
     before = digest(theirs)
-    with pytest.raises(WeightTransferError, match="arrived with digest"):
-        unpack_weights(manifest, buffer[:-16], theirs)
+    with pytest.raises(WeightTransferError, match=rf"{len(other)} bytes, published were 112"):
+        unpack_weights(manifest, other, theirs)
     assert digest(theirs) == before
 
 
@@ -176,6 +195,28 @@ def test_weights_arrive_in_chunks_into_any_number_format(dtype) -> None:
         chunk.flags.writeable = False
     unpack_weights(manifest, read_only, theirs)
     assert digest(theirs) == digest(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_arrive_in_tensors_of_another_layout(dtype) -> None:
+    ours = nn.Conv2d(1024, 64, 3)
+    theirs = nn.Conv2d(1024, 64, 3, dtype=dtype).to(memory_format=torch.channels_last)
+    assert not theirs.weight.is_contiguous()
+    manifest, buffer = pack_weights(ours.state_dict(), version=1)
+    assert manifest.num_bytes > BLOCK_BYTES
+    unpack_weights(manifest, buffer, theirs)
+    assert not theirs.weight.is_contiguous()
+    assert digest(theirs) == digest(ours.to(dtype))
+
+
+def test_a_tensor_without_numbers_travels_too() -> None:
+    state = {"a": torch.ones(4), "b": torch.ones(0, 3), "c": torch.full((2,), 3.0)}
+    manifest, buffer = pack_weights(state, version=1)
+    theirs = nn.Module()
+    for name, values in state.items():
+        theirs.register_buffer(name, torch.zeros_like(values))
+    unpack_weights(manifest, buffer, theirs)
+    assert digest(theirs) == state_sha256(state)
 
 
 def test_chunks_in_another_order_are_noticed() -> None:
