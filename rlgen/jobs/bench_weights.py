@@ -55,7 +55,9 @@ def measure(request: argparse.Namespace) -> dict[str, Any]:
         receivers that does nothing. transfer_s: from packed weights to the last receiver's own
         model, checked; handover_s and load_s are the publisher's and the receivers' part of it.
         gb_per_s: bytes delivered, over all receivers, by transfer_s. memcpy_gb_per_s: bytes
-        copied once by one thread, between the versions. missed: there if --min-ratio is.
+        copied once by one thread, after each version. ratio: of the two, for each version by
+        itself, so that a machine that is slow for a while is slow in both. missed: there if the
+        ratio is below --min-ratio.
     Raises:
         ConfigError: sizes that can't be.
         WeightTransferError: a receiver ended with other weights than the learner.
@@ -105,6 +107,9 @@ def _measure(request: argparse.Namespace) -> dict[str, Any]:
             _await_listeners(store, request.receivers)
         last = request.repeats + _WARM_UP
         runs = [_round(learner, workers, version) for version in range(1, last + 1)][_WARM_UP:]
+        for run in runs:
+            run["gb_per_s"] = num_bytes * request.receivers / run["transfer_s"] / 1e9
+            run["ratio"] = run["gb_per_s"] / run["memcpy_gb_per_s"]
         digests = ray.get([actor.digest.remote() for actor in (learner, *workers)], timeout=_WAIT_S)
     finally:
         for actor in (learner, *workers, store):
@@ -112,15 +117,12 @@ def _measure(request: argparse.Namespace) -> dict[str, Any]:
     if len(set(digests)) != 1:
         raise WeightTransferError(f"the learner's digest and the receivers' differ: {digests}.")
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    delivered = num_bytes * request.receivers / medians["transfer_s"] / 1e9
     return {
         "transport": request.transport,
         "gigabytes": num_bytes / 1e9,
         "receivers": request.receivers,
         "chunk_mib": request.chunk_mib,
         **medians,
-        "gb_per_s": delivered,
-        "ratio": delivered / medians["memcpy_gb_per_s"],
         "digest": digests[0],
         "runs": runs,
     }
