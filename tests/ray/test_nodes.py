@@ -180,8 +180,9 @@ def test_workers_join_and_leave_with_spot_nodes_and_the_result_stays(cluster: Cl
         wait_for(lambda: all(n in runtime.whereabouts() for n in newcomers), "they get units")
         cluster.remove_node(joined, allow_graceful=False)
         finish(config, runtime, 1)
-        # Three, if one in their place was still sent to the node that was gone.
         wait_for(lambda: runtime.health().restarts["rollout"] >= 2, "two are lost")
+        # More, if one in their place was still sent to the node that was gone.
+        assert runtime.health().restarts["rollout"] <= 4
         assert [p.worker for p in runtime.pulses("rollout-")] == [first.worker]
 
         submit(config, runtime, 2)

@@ -115,7 +115,7 @@ def test_a_scorer_that_goes_wrong_stops_the_run_at_a_checkpoint_it_goes_on_from(
     assert committed == [checkpoint.with_name("step-00000"), checkpoint]
 
     (tmp_path / "broken").unlink()  # it is corrected
-    resumed = start(tmp_path, "runtime=local", f"checkpoint.resume_from={checkpoint}")
+    resumed = start(tmp_path, f"runtime={runtime}", f"checkpoint.resume_from={checkpoint}")
     assert resumed.returncode == 0, resumed.stderr
     summary = summary_of(tmp_path)
     assert summary["policy_sha256"] == undisturbed["policy_sha256"]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -19,6 +20,7 @@ from rlgen.actors.weight_transport import Publisher, Receiver
 from rlgen.config.weights import WeightsConfig
 from rlgen.errors import WeightTransferError
 from rlgen.jobs import bench, grpo
+from rlgen.learner.replay import load_step
 from rlgen.nn.flat import pack_weights, unpack_weights
 from tests.conftest import TINY_RUN
 
@@ -281,11 +283,11 @@ def test_a_benchmark_below_its_bar_says_so(capsys: pytest.CaptureFixture[str]) -
     assert "--min-ratio asks for 1000.00" in capsys.readouterr().err
 
 
-def test_a_run_by_broadcast_ends_with_the_policy_of_any_other(
+def test_a_run_by_broadcast_stores_rollouts_and_ends_with_the_policy_of_any_other(
     cache_folder: Path, tmp_path: Path
 ) -> None:
     def run(name: str, *settings: str) -> dict[str, Any]:
-        arguments = ["--output", str(tmp_path / name), *TINY_RUN, *settings]
+        arguments = ["--output", str(tmp_path / name), *TINY_RUN, "replay.every=1", *settings]
         assert grpo.main(arguments) == 0
         return json.loads((tmp_path / name / "summary.json").read_text())
 
@@ -293,6 +295,16 @@ def test_a_run_by_broadcast_ends_with_the_policy_of_any_other(
     by_broadcast = run("collective", "weights.transport=collective", "rollout.num_workers=2")
     local = run("local", "runtime=local")
     assert by_broadcast["policy_sha256"] == local["policy_sha256"]
+    for step in range(3):
+        ours, theirs = (
+            load_step(str(tmp_path / name), f"step-{step:05d}") for name in ("collective", "local")
+        )
+        assert ours.policy_version == theirs.policy_version == step
+        np.testing.assert_array_equal(ours.tokens_BL, theirs.tokens_BL)
+        np.testing.assert_array_equal(ours.advantages_B, theirs.advantages_B)
+        assert ours.rewards.keys() == theirs.rewards.keys() == {"clip", "preference", "loo_fid"}
+        for name, values in ours.rewards.items():
+            np.testing.assert_array_equal(values, theirs.rewards[name])
     lines = (tmp_path / "collective" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "weights/pause_s" in row]
     assert [row["weights/broadcast_receivers"] for row in rows] == [2.0] * 3
