@@ -37,6 +37,21 @@ TINY_RUN = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How hard to try: by default a reduced form, for a machine that checks every change."""
+    parser.addoption(
+        "--chaos-rounds", type=int, default=1, help="how often each role is killed in one run"
+    )
+    parser.addoption(
+        "--outage-s", type=float, default=6.0, help="how long MLflow and S3 are away in mid-run"
+    )
+
+
+@pytest.fixture(scope="session")
+def outage_s(pytestconfig: pytest.Config) -> float:
+    return pytestconfig.getoption("--outage-s")
+
+
 @pytest.fixture(scope="session")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One cache of the embedded default for the whole session."""

@@ -147,10 +147,9 @@ class RayRuntime:
 
     def health(self) -> Health:
         """See Runtime."""
-        restarts = self._restarts + Counter(self._supervisor.restarts if self._supervisor else {})
-        roles = dict.fromkeys(("rollout", "reward"), 0) | restarts
+        roles = dict(self._count_restarts())
         if self._with_learner:
-            roles |= {"moment_store": self._store.restarts, "learner": self._attempt}
+            roles["learner"] = self._attempt
         report = self._coordinator.report.remote()
         self._groups, recovery_s, crew = self._get(report, "the coordinator")
         if self._with_learner and self._store.recovery_s is not None:
@@ -225,7 +224,7 @@ class RayRuntime:
         if self._learners is not None:
             self._learners.join(_GOODBYE_S)
         self._supervisor.close()
-        self._restarts = self._restarts + Counter(self._supervisor.restarts)
+        self._restarts = self._count_restarts()
         if self._with_learner:
             self._store.close()
         ray.kill(self._coordinator)
@@ -234,9 +233,18 @@ class RayRuntime:
         self._groups = GroupCounts()
         self._supervisor = self._learners = None
 
+    def _count_restarts(self) -> Counter[str]:
+        """Of workers and moment store, also of those that were all let go."""
+        counted = Counter(self._restarts)
+        if self._supervisor is not None:
+            counted.update(self._supervisor.restarts)
+            if self._with_learner:
+                counted["moment_store"] += self._store.restarts
+        return counted
+
     def _make_moment_store(self, number: int) -> Any:
         shell = ray.remote(MomentStoreActor).options(
-            name=f"{self._name}-{number}-moments",
+            name=f"{self._name}-{self._attempt}-{number}-moments",
             num_cpus=self._config.reward.num_cpus,
             label_selector=dict(self._config.learner.label_selector),
         )

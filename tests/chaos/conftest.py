@@ -8,12 +8,6 @@ import pytest
 from tests.chaos.victims import finish, running, summary_of
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--chaos-rounds", type=int, default=1, help="how often each role is killed in one run"
-    )
-
-
 @pytest.fixture(scope="session")
 def rounds(pytestconfig: pytest.Config) -> int:
     return pytestconfig.getoption("--chaos-rounds")

@@ -14,6 +14,7 @@ from ray.util.state import list_actors
 from rlgen.actors.ray_runtime import RayRuntime
 from rlgen.config import RunConfig, load_config
 from rlgen.digits.assets import ensure_assets, resolve_embedded
+from rlgen.errors import RoleLost
 from rlgen.learner.runtime import LocalRuntime
 from rlgen.sampling.units import training_units
 from tests.conftest import TINY_RUN
@@ -68,3 +69,21 @@ def test_a_killed_worker_changes_no_result(
 def test_the_moment_store_is_found_by_name(runtime: RayRuntime) -> None:
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     assert any(name.endswith("-moments") for name in names)
+
+
+def test_restarts_are_counted_on_when_everything_is_made_anew(
+    config: RunConfig, runtime: RayRuntime
+) -> None:
+    kill_one("MomentStoreActor")
+    before = runtime.moment_state()
+    kill_one("Coordinator")
+    with pytest.raises(RoleLost, match="the coordinator died"):
+        while True:
+            runtime.health()
+    runtime.start(config)
+    restarts = {"rollout": 1, "reward": 1, "moment_store": 1, "learner": 1}
+    assert runtime.health().restarts == restarts
+    runtime.restore_moments(before)
+    kill_one("MomentStoreActor")
+    assert runtime.moment_state().keys() == before.keys()
+    assert runtime.health().restarts == restarts | {"moment_store": 2}

@@ -84,9 +84,16 @@ def watching(output: Path, acts: dict[int, Callable[[], None]]) -> Iterator[None
 
 
 def test_a_server_that_is_away_for_a_while_costs_checkpoints_and_nothing_else(
-    undisturbed: str, s3: S3, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    undisturbed: str,
+    s3: S3,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    outage_s: float,
 ) -> None:
     output, root = tmp_path / "run", f"{s3.url}/run"
+
+    def wait() -> None:
+        time.sleep(outage_s / 2)
 
     def mend_after_a_failure() -> None:
         deadline = time.monotonic() + 30
@@ -95,7 +102,8 @@ def test_a_server_that_is_away_for_a_while_costs_checkpoints_and_nothing_else(
             time.sleep(0.02)
         s3.line.mend()
 
-    with watching(output, {2: s3.line.cut, 5: mend_after_a_failure}):
+    acts = {2: s3.line.cut, 3: wait, 4: wait, 5: mend_after_a_failure}
+    with watching(output, acts):
         status = run(output, f"checkpoint.uri={root}", "checkpoint.retries=0")
     assert status == 0
     assert digest(output) == undisturbed
@@ -128,28 +136,48 @@ def test_a_run_whose_last_checkpoint_can_not_be_written_says_so(
     assert digest(output) == undisturbed
 
 
+def full(output: Path, folder: Path, *words: str, limit: str) -> str:
+    """What a run says that ends with its last checkpoint unwritten; it runs after `words`.
+
+    The embedded default is in the cache by then, and the rest of the run's files elsewhere.
+    """
+    code = (
+        f"import os, sys\nfrom pathlib import Path\nfrom tests.storage.test_runs import run\n{limit}"
+        f"status = run(Path({str(output)!r}), 'checkpoint.retries=0', 'steps=3',\n"
+        f"             'checkpoint.uri={folder}')\n"
+        f"print('left:', sorted(os.listdir({str(folder)!r})))\nsys.exit(status)"
+    )
+    command = [*words, sys.executable, "-c", code]
+    job = subprocess.run(command, capture_output=True, text=True)
+    told = " ".join((job.stdout + job.stderr).split())
+    assert job.returncode == 2, told
+    assert steps_done(output) == 3, told
+    assert "learner.pt can't be written" in told and "the free space" in told
+    assert "Traceback" not in told
+    assert "left: ['step-00000']" in told, "which fitted, because the optimiser had no state yet"
+    return told
+
+
 def test_a_full_disk_leaves_no_partial_checkpoint_and_training_goes_on(
     undisturbed: str, tmp_path: Path
 ) -> None:
-    """The process may write no more than 1 MB to a file: the optimiser's state does not fit.
+    """A disk with room for the first checkpoint, made in a mount namespace of the run's own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = 'mount -t tmpfs -o size=1500k none "$0" && exec "$@"'
+    words = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(folder)]
+    if subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk of their own")
+    assert "No space left on device" in full(tmp_path / "run", folder, *words, limit="")
 
-    The embedded default is in the cache by then; its files would not fit either.
-    """
-    output = tmp_path / "run"
-    code = (
-        "import resource, sys\nfrom tests.storage.test_runs import run\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
-        "from pathlib import Path\n"
-        f"sys.exit(run(Path({str(output)!r}), 'checkpoint.retries=0', 'steps=3'))"
-    )
-    job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert job.returncode == 2
-    assert steps_done(output) == 3
-    told = " ".join((job.stdout + job.stderr).split())
-    assert "learner.pt can't be written" in told and "File too large" in told
-    assert "the free space" in told and "Traceback" not in told
-    left = sorted(path.name for path in (output / "checkpoints").iterdir())
-    assert left == ["step-00000"], "which fitted, because the optimiser had no state yet"
+
+def test_a_file_above_the_limit_leaves_no_partial_checkpoint_and_training_goes_on(
+    undisturbed: str, tmp_path: Path
+) -> None:
+    """The process may write no more than 1 MB to a file."""
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+    told = full(tmp_path / "run", tmp_path / "run" / "checkpoints", limit=limit)
+    assert "File too large" in told
 
 
 def test_a_second_run_under_one_root_stops_before_it_starts_anything(

@@ -3,6 +3,7 @@
 The steps sleep, so that their length is known and other work on the machine hardly matters. What a
 step waits for MLflow is what the tracker's calls take on the step's own thread; the steps' whole
 length is compared as well, because the tracker's thread shares the interpreter with them.
+`pytest tests/tracking tests/storage --outage-s 60` is the full form.
 """
 
 import time
@@ -147,14 +148,16 @@ def start(uri: str, folder: Path, told: list[str]) -> Run:
     return run
 
 
-def test_a_server_that_is_gone_for_a_while(server: MlflowServer, tmp_path: Path) -> None:
+def test_a_server_that_is_gone_for_a_while(
+    server: MlflowServer, tmp_path: Path, outage_s: float
+) -> None:
     def measure(name: str) -> tuple[Steps, Steps]:
         told: list[str] = []
         run = start(server.uri, tmp_path / name, told)
         run.steps(3.0)
         undisturbed = run.measured()
         server.stop()
-        run.steps(6.0)
+        run.steps(outage_s)
         back = in_background(server.start, name="server")
         run.steps_until(lambda: back.done() and run.tracker.num_unsent <= FEW)
         back.result()
