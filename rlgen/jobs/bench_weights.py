@@ -24,8 +24,9 @@ from rlgen.types import WeightManifest
 
 _TENSOR_BYTES = 16_000_000
 _WAIT_S = 300.0
-_WARM_UP = 3
-"""Versions before the timed ones: they connect, and fill the object store's memory once."""
+_WARM_UP = 8
+"""Versions before the timed ones: they connect, and reach all of the object store's memory, which
+takes ten times as long at the first touch."""
 _STORES_HELD = 3
 """Copies in the object store at a time: two versions, and the one that is replaced."""
 
