@@ -88,6 +88,8 @@ class RunCheckpoints:
         self._in_flight: _Save | None = None
         self._num_failed = self._num_skipped = 0
         self._is_out = False
+        self._litter: set[str] = set()
+        """Of checkpoints that failed: what could not be deleted, or was written afterwards."""
 
     def __enter__(self) -> Self:
         """Claim the root, and delete what was left there uncommitted.
@@ -236,6 +238,7 @@ class RunCheckpoints:
             parts += _learner_parts(runtime, save)
             self._commit(save, parts)
         except (StorageError, RoleLost) as error:
+            self._litter.add(save.uri)
             if save.is_given_up:
                 return error
             with suppress(StorageError):
@@ -244,9 +247,18 @@ class RunCheckpoints:
         self._note_success(save, parts)
         try:
             prune_checkpoints(self._root, keep=self._settings.keep, protected=save.protected)
+            self._clear_litter()
         except StorageError as error:
             self._recorder.note(f"old checkpoints stay: {error}")
         return None
+
+    def _clear_litter(self) -> None:
+        """Delete what failed; the learner writes one checkpoint at a time, so it is through."""
+        if self._litter:
+            committed = committed_checkpoints(self._root)
+            for uri in sorted(self._litter.difference(committed)):
+                discard_checkpoint(uri)
+            self._litter.clear()
 
     def _commit(self, save: _Save, parts: list[Part]) -> None:
         if save.meta["mlflow_run_id"] is None:

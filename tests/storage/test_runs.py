@@ -14,12 +14,15 @@ from typing import Any
 import fsspec
 import pytest
 
+import rlgen.jobs.checkpoints
+import rlgen.learner.state_io
 from rlgen.config import load_config
 from rlgen.config.identity import resume_key
 from rlgen.digits.assets import ensure_assets, resolve_embedded
+from rlgen.errors import StorageError
 from rlgen.jobs import grpo
 from rlgen.jobs.cli import run_job
-from rlgen.learner.checkpoint import MARKER, newest_checkpoint, read_meta
+from rlgen.learner.checkpoint import MARKER, Part, newest_checkpoint, read_meta, write_parts
 from rlgen.learner.ownership import OWNER, RootClaim
 from tests.conftest import TINY_RUN
 from tests.storage.conftest import S3
@@ -118,6 +121,33 @@ def test_a_server_that_is_away_for_a_while_costs_checkpoints_and_nothing_else(
     committed = {key.split("/")[1] for key in files if key.endswith(MARKER)}
     assert len(committed) == 2
     assert {key.split("/")[1] for key in files} == committed
+
+
+def test_what_is_written_of_a_checkpoint_after_it_failed_is_deleted(
+    undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's half of step 2 fails at once, and the learner's is still on its way."""
+
+    def failing(uri: str, *rest: Any) -> list[Part]:
+        if uri.endswith("step-00002"):
+            raise StorageError("no such luck.")
+        return write_parts(uri, *rest)
+
+    def late(uri: str, *rest: Any) -> list[Part]:
+        if uri.endswith("step-00002"):
+            time.sleep(0.3)
+            landed.append(uri)
+        return write_parts(uri, *rest)
+
+    landed: list[str] = []
+    monkeypatch.setattr(rlgen.jobs.checkpoints, "write_parts", failing)
+    monkeypatch.setattr(rlgen.learner.state_io, "write_parts", late)
+    output = tmp_path / "run"
+    assert run(output) == 0
+    assert digest(output) == undisturbed
+    assert len(landed) == 1 and last(output, "checkpoint/failed") >= 1
+    folders = sorted((output / "checkpoints").glob("step-*"))
+    assert len(folders) == 2 and all((folder / MARKER).exists() for folder in folders)
 
 
 def test_a_run_whose_last_checkpoint_can_not_be_written_says_so(
